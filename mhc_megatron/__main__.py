@@ -1,0 +1,55 @@
+"""python -m mhc_megatron <command>"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import runpy
+import sys
+from collections.abc import Sequence
+
+_DESCRIPTION = "Manifold-Constrained Hyper-Connections for Megatron-Core"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m mhc_megatron", description=_DESCRIPTION)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+    pretrain = commands.add_parser(
+        "pretrain",
+        help="run a Megatron training script, unmodified, with the --enable-mhc flags",
+        description="Run a Megatron training script with the --enable-mhc and --mhc-* flags; list them with "
+        "`pretrain script.py --help`. Under torchrun: torchrun <options> -m mhc_megatron pretrain script.py <arguments>.",
+    )
+    pretrain.add_argument("--cpu", action="store_true", help="run Megatron on the CPU with gloo (see mhc_megatron.cpu)")
+    pretrain.add_argument("script", help="the training script, e.g. Megatron-LM's pretrain_gpt.py")
+    pretrain.add_argument("arguments", nargs=argparse.REMAINDER, help="its arguments, and --enable-mhc")
+
+    from mhc_megatron.quickstart.command import add_parser, run
+
+    add_parser(commands)
+    options = parser.parse_args(argv)
+    if options.command == "quickstart":
+        return run(options)
+    return _pretrain(options)
+
+
+def _pretrain(options: argparse.Namespace) -> int:
+    if not os.path.isfile(options.script):
+        print(f"mhc-megatron: no training script at {options.script}", file=sys.stderr)
+        return 2
+    if options.cpu:
+        from mhc_megatron import cpu
+
+        cpu.install()
+    from mhc_megatron.megatron_hooks import enable
+
+    enable()
+    sys.argv = [options.script, *options.arguments]
+    sys.path.insert(0, os.path.dirname(os.path.abspath(options.script)))
+    runpy.run_path(options.script, run_name="__main__")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

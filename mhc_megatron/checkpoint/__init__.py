@@ -1,0 +1,1 @@
+"""Checkpoints: which fit which settings, and continuing a residual checkpoint with mHC."""

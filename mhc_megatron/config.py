@@ -1,0 +1,82 @@
+"""MHCConfig: every choice of this package, with its default and its check. The only place with defaults."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any
+
+MODES = ("mhc", "hc")
+PROFILES = ("paper", "deepseek-v4")
+INITS = ("preserve", "paper")
+BACKENDS = ("auto", "triton", "reference")
+
+# Fields that change what a trained model computes: a checkpoint fits only a model with the same values.
+FUNCTIONAL_FIELDS = ("num_streams", "mode", "profile", "sinkhorn_iterations", "eps")
+
+
+def _option(default: Any, help: str, choices: tuple[str, ...] | None = None) -> Any:
+    return field(default=default, metadata={"help": help, "choices": choices})
+
+
+@dataclass(frozen=True)
+class MHCConfig:
+    """Settings of manifold-constrained hyper-connections (arXiv 2512.24880).
+
+    Every field has a flag: ``num_streams`` is ``--mhc-num-streams``, and so on (`mhc_megatron.arguments`).
+
+    Raises:
+        ValueError: naming the field, its value and what is allowed.
+    """
+
+    num_streams: int = _option(4, "residual streams n (the paper uses 4)")
+    sinkhorn_iterations: int = _option(20, "Sinkhorn iterations for H_res; fewer leave its column sums further off 1")
+    mode: str = _option(
+        "mhc", "mhc: H_res is projected to doubly stochastic matrices; hc: unconstrained (arXiv 2409.19606)", MODES
+    )
+    profile: str = _option(
+        "paper",
+        "numerics of the mappings: paper (arXiv 2512.24880), or deepseek-v4 (DeepSeek-V4's public code: "
+        "eps in the sigmoid and in Sinkhorn, a learned exit)",
+        PROFILES,
+    )
+    init: str = _option(
+        "preserve",
+        "preserve: the model computes exactly the residual network at step 0; "
+        "paper: random phi, zero biases (mode hc: the identity)",
+        INITS,
+    )
+    init_alpha: float = _option(0.01, "initial value of the three gates alpha (the paper's 0.01)")
+    eps: float = _option(1e-6, "epsilon in the mappings' RMS (profile deepseek-v4: in sigmoid and Sinkhorn as well)")
+    weight_decay: bool = _option(
+        False, "apply weight decay to phi, as Megatron does to other matrices (default: no decay on mHC parameters)"
+    )
+    backend: str = _option(
+        "auto", "auto or reference: plain PyTorch (this release has no Triton kernels yet)", BACKENDS
+    )
+
+    def __post_init__(self) -> None:
+        for name, lowest in (("num_streams", 1), ("sinkhorn_iterations", 1)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < lowest:
+                raise ValueError(f"MHCConfig.{name} must be an integer >= {lowest}, got {value!r}")
+        for f in dataclasses.fields(self):
+            choices = f.metadata["choices"]
+            if choices is not None and getattr(self, f.name) not in choices:
+                raise ValueError(f"MHCConfig.{f.name} must be one of {choices}, got {getattr(self, f.name)!r}")
+        if not self.eps > 0:
+            raise ValueError(f"MHCConfig.eps must be > 0, got {self.eps!r}")
+        if self.init_alpha == 0:
+            # phi's gradient is proportional to alpha: with both at zero it would stay there.
+            raise ValueError("MHCConfig.init_alpha must not be 0: phi would get no gradient")
+        if self.mode == "hc" and self.profile != "paper":
+            raise ValueError(f"MHCConfig.profile {self.profile!r} has no mode 'hc'; use profile 'paper'")
+        if self.backend == "triton":
+            raise ValueError(
+                "MHCConfig.backend 'triton': this release has no Triton kernels yet; use 'auto' or 'reference'"
+            )
+
+    @property
+    def learned_exit(self) -> bool:
+        """Whether the streams are contracted by a learned head (deepseek-v4) instead of their mean (paper)."""
+        return self.profile == "deepseek-v4"

@@ -1,0 +1,39 @@
+"""Everything that rebinds a name of Megatron, one module a seam. `enable` installs it all, `disable` takes it back."""
+
+from __future__ import annotations
+
+from mhc_megatron.megatron_hooks import datasets, model, pipeline, weight_decay
+from mhc_megatron.megatron_hooks.active import print_rank_0, set_config
+from mhc_megatron.megatron_hooks.rebind import Rebinding
+
+
+def enable() -> None:
+    """Install the hooks. Call it once, before the training script imports from Megatron; calling it again does nothing.
+
+    Nothing changes until ``--enable-mhc`` is on the command line or a model is built from a `to_mhc_spec` spec; pipeline
+    parallelism and the weight-decay default of the latter need this call too.
+
+    Raises:
+        RuntimeError: if the installed Megatron lacks a name that a hook needs.
+    """
+    for rebinding in _rebindings():
+        rebinding.apply()
+
+
+def disable() -> None:
+    """Take every hook back and forget ``--enable-mhc``."""
+    set_config(None)
+    for rebinding in reversed(_rebindings()):
+        rebinding.revert()
+
+
+def _rebindings() -> list[Rebinding]:
+    core = [*datasets.REBINDINGS, *model.REBINDINGS, *pipeline.REBINDINGS, *weight_decay.CORE_REBINDINGS]
+    try:
+        import megatron.training.training  # noqa: F401
+    except ImportError as error:
+        print_rank_0(f"megatron.training can't be imported ({error}): no command-line flags, to_mhc_spec works")
+        return core
+    from mhc_megatron.megatron_hooks import arguments, checkpoint
+
+    return [*core, *weight_decay.TRAINING_REBINDINGS, *arguments.REBINDINGS, *checkpoint.REBINDINGS]

@@ -1,0 +1,1 @@
+"""python -m mhc_megatron quickstart"""

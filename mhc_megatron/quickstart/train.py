@@ -1,0 +1,87 @@
+"""A small Megatron training script, as a user would have one: nothing in it knows of mHC.
+
+Run by the quickstart through ``python -m mhc_megatron pretrain``, with and without ``--enable-mhc``. Reads Megatron's indexed
+dataset through GPTDataset and trains through ``megatron.training.pretrain``, under any tensor, expert or pipeline layout.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+from megatron.core.enums import ModelType
+from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
+from megatron.core.utils import get_attr_wrapped_model
+from megatron.training import get_args, pretrain
+from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
+from megatron.training.arguments import parse_and_validate_args
+from megatron.training.utils import get_blend_and_blend_per_split
+
+Batch = dict[str, torch.Tensor]
+
+
+def next_batch(data_iterator: Iterator[Batch], vp_stage: int | None) -> Batch | None:
+    """The next microbatch, on the GPU; None for pipeline chunks that need no data."""
+    ends = (
+        parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
+        parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
+    )
+    if not any(ends):
+        return None
+    return {name: tensor.cuda(non_blocking=True) for name, tensor in next(data_iterator).items()}
+
+
+def loss_function(loss_mask: torch.Tensor, output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
+    """Summed loss, number of tokens, and what Megatron reports, summed over data-parallel ranks."""
+    loss = torch.sum(output.view(-1).float() * loss_mask.view(-1))
+    tokens = loss_mask.sum().detach().to(torch.int)
+    return loss, tokens, {"lm loss": torch.stack([loss.detach(), tokens.to(loss.dtype)])}
+
+
+def forward_step(data_iterator: Iterator[Batch], model: torch.nn.Module) -> Any:
+    """One microbatch through one pipeline chunk."""
+    batch = next_batch(data_iterator, get_attr_wrapped_model(model, "vp_stage"))
+    if batch is None:
+        # The local attention of a middle chunk still asks for the mask; it is the same causal one for every batch.
+        return model(None, None, causal_mask(), labels=None), functools.partial(loss_function, None)
+    output = model(batch["tokens"], batch["position_ids"], causal_mask(), labels=batch["labels"])
+    return output, functools.partial(loss_function, batch["loss_mask"])
+
+
+def causal_mask() -> torch.Tensor:
+    """[1, 1, s, s], True where attention is NOT allowed (Megatron's convention)."""
+    length = get_args().seq_length
+    return torch.ones(length, length, dtype=torch.bool, device="cuda").triu(1)[None, None]
+
+
+def datasets(samples: list[int], vp_stage: int | None = None) -> Any:
+    """Training, validation and test datasets with as many samples as Megatron asks for."""
+    args = get_args()
+    blend, blend_per_split = get_blend_and_blend_per_split(args)
+    config = GPTDatasetConfig(
+        random_seed=args.seed,
+        sequence_length=args.seq_length,
+        blend=blend,
+        blend_per_split=blend_per_split,
+        split=args.split,
+        path_to_cache=args.data_cache_path,
+        tokenizer=build_tokenizer(args),
+        reset_position_ids=False,
+        reset_attention_mask=False,
+        eod_mask_loss=False,
+        create_attention_mask=False,
+    )
+    return BlendedMegatronDatasetBuilder(GPTDataset, samples, lambda: True, config).build()
+
+
+datasets.is_distributed = True  # type: ignore[attr-defined]  # every rank builds its own: no broadcast needed
+
+if __name__ == "__main__":
+    args = parse_and_validate_args()
+    config = pretrain_cfg_container_from_args(args, gpt_config_from_args(args))
+    pretrain(config, datasets, ModelType.encoder_or_decoder, forward_step)

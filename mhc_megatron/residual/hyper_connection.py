@@ -1,0 +1,144 @@
+"""The parameters of one sublayer's hyper-connection, their initialisation, and the mappings they give."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from mhc_kernels import head, mappings
+from torch import Tensor, nn
+
+from mhc_megatron.config import MHCConfig
+
+# preserve: H_post = 1 + d_i, d from -SPREAD to SPREAD. Equal ones would keep the streams equal for ever.
+POST_SPREAD = 0.15
+# preserve: b_res = DIAGONAL * identity, so H_res starts near the identity, symmetric: its columns are exact as well.
+RES_DIAGONAL = 4.0
+# Optimizer hook: parameters with this attribute get no weight decay.
+NO_WEIGHT_DECAY = "mhc_no_weight_decay"
+
+
+def _logit(p: float) -> float:
+    # For n = 1 the preserving H_pre is exactly 1; sigmoid(30) rounds to 1 in float32 and stays finite.
+    return 30.0 if p >= 1 else math.log(p / (1 - p))
+
+
+class Float32Module(nn.Module):
+    """A module whose parameters stay float32 through ``.half()``, ``.bfloat16()`` and Megatron's ``Float16Module``.
+
+    Mappings computed from bf16 parameters leave the manifold. Moves between devices work as usual.
+    """
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        def keep_float32(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        return super()._apply(keep_float32, recurse)
+
+
+def _parameter(shape: tuple[int, ...], config: Any) -> nn.Parameter:
+    device = "cpu" if config.use_cpu_initialization else torch.cuda.current_device()
+    parameter = nn.Parameter(torch.empty(shape, dtype=torch.float32, device=device))
+    # Under sequence parallelism every tensor-parallel rank sees other tokens: Megatron then sums these gradients.
+    parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+    return parameter
+
+
+class HyperConnection(Float32Module):
+    """phi, alpha and bias of one sublayer (section 4.2, Eq. 7).
+
+    Args:
+        config: Megatron's TransformerConfig.
+        mhc_config: settings.
+        hidden_size: C.
+    """
+
+    def __init__(self, config: Any, mhc_config: MHCConfig, hidden_size: int):
+        super().__init__()
+        n = mhc_config.num_streams
+        self.mhc_config = mhc_config
+        self._init_method = config.init_method
+        self.phi = _parameter((n * n + 2 * n, n * hidden_size), config)
+        self.alpha = _parameter((3,), config)
+        self.bias = _parameter((n * n + 2 * n,), config)
+        if not mhc_config.weight_decay:
+            setattr(self.phi, NO_WEIGHT_DECAY, True)  # Megatron already exempts the 1-D alpha and bias
+        if config.perform_initialization:
+            self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Initialise in place: ``preserve`` makes the model its residual baseline, ``paper`` follows the paper."""
+        cfg, n = self.mhc_config, self.mhc_config.num_streams
+        pre, post, res = self.bias.split([n, n, n * n])
+        self.alpha.fill_(cfg.init_alpha)
+        self.bias.zero_()
+        if cfg.init == "preserve":
+            self.phi.zero_()
+        else:
+            self._init_method(self.phi)
+        if cfg.mode == "hc":
+            # No sigmoid in the way: the biases are the mappings. arXiv 2409.19606 starts at the identity as well.
+            pre.fill_(1 / n)
+            post.copy_(1 + self._post_offsets() if cfg.init == "preserve" else torch.ones(n))
+            res.copy_(torch.eye(n).flatten())
+        elif cfg.init == "preserve":
+            eps = cfg.eps if cfg.profile == "deepseek-v4" and n > 1 else 0.0
+            pre.fill_(_logit(1 / n - eps))
+            post.copy_(torch.logit((1 + self._post_offsets()) / 2))
+            res.copy_(RES_DIAGONAL * torch.eye(n).flatten())
+
+    def _post_offsets(self) -> Tensor:
+        n = self.mhc_config.num_streams
+        return torch.linspace(-POST_SPREAD, POST_SPREAD, n) if n > 1 else torch.zeros(1)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Streams ``[..., n, C]`` to ``(H_pre [..., n], H_post [..., n], H_res [..., n, n])``, float32."""
+        cfg = self.mhc_config
+        return mappings(
+            x,
+            self.phi,
+            self.alpha,
+            self.bias,
+            iterations=cfg.sinkhorn_iterations,
+            eps=cfg.eps,
+            profile=cfg.profile,
+            mode=cfg.mode,
+            backend=cfg.backend,
+        )
+
+
+class ExitHead(Float32Module):
+    """The learned exit of profile ``deepseek-v4``: one weight a stream and token, from all streams."""
+
+    def __init__(self, config: Any, mhc_config: MHCConfig, hidden_size: int):
+        super().__init__()
+        n = mhc_config.num_streams
+        self.mhc_config = mhc_config
+        self._init_method = config.init_method
+        self.phi = _parameter((n, n * hidden_size), config)
+        self.alpha = _parameter((1,), config)
+        self.bias = _parameter((n,), config)
+        if not mhc_config.weight_decay:
+            setattr(self.phi, NO_WEIGHT_DECAY, True)
+        if config.perform_initialization:
+            self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Initialise in place; ``preserve`` starts at the mean over streams."""
+        cfg, n = self.mhc_config, self.mhc_config.num_streams
+        self.alpha.fill_(cfg.init_alpha)
+        if cfg.init == "preserve":
+            self.phi.zero_()
+            self.bias.fill_(_logit(1 / n - (cfg.eps if n > 1 else 0.0)))
+        else:
+            self._init_method(self.phi)
+            self.bias.zero_()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Streams ``[..., n, C]`` to weights ``[..., n]``, float32."""
+        return head(x, self.phi, self.alpha, self.bias, eps=self.mhc_config.eps, backend=self.mhc_config.backend)

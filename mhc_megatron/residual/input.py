@@ -1,0 +1,47 @@
+"""Where Megatron has input_layernorm or pre_mlp_layernorm: streams in, what the sublayer reads and the residual out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mhc_kernels import aggregate
+from torch import Tensor
+
+from mhc_megatron.config import MHCConfig
+from mhc_megatron.residual.hyper_connection import HyperConnection
+from mhc_megatron.residual.norm_wrapper import NormBuilder, NormWrapper
+from mhc_megatron.residual.streams import Residual, mark_pipeline_width, unflatten
+
+
+class HyperConnectionInput(NormWrapper):
+    """``hidden [s, b, n*C] -> (norm(H_pre @ x) [s, b, C], Residual)``.
+
+    Megatron hands the second element untouched to the sublayer's bias-dropout-add.
+
+    Args:
+        norm_builder: the stock norm's builder (IdentityOp where Transformer Engine fuses the norm into the linear).
+        mhc_config: settings.
+        config, hidden_size, eps: as Megatron passes them to a norm.
+    """
+
+    returns_residual = True  # the name by which Megatron's next release recognises such a norm
+
+    def __init__(
+        self, norm_builder: NormBuilder, mhc_config: MHCConfig, *, config: Any, hidden_size: int, eps: float
+    ):
+        super().__init__(norm_builder, config, hidden_size, eps)
+        self.num_streams = mhc_config.num_streams
+        self.hidden_size = hidden_size
+        self.backend = mhc_config.backend
+        self.hyper_connection = HyperConnection(config, mhc_config, hidden_size)
+        mark_pipeline_width(config, mhc_config.num_streams)
+
+    def forward(self, hidden: Tensor) -> tuple[Tensor, Residual]:
+        if hidden.shape[-1] != self.num_streams * self.hidden_size:
+            raise RuntimeError(
+                f"mHC: expected streams {self.num_streams} * {self.hidden_size} wide, got {hidden.shape[-1]}. "
+                "With pipeline parallelism, call mhc_megatron.enable() before training starts."
+            )
+        x = unflatten(hidden, self.num_streams)
+        pre, post, res = self.hyper_connection(x)
+        return self.norm(aggregate(x, pre, backend=self.backend)), Residual(x, post, res)

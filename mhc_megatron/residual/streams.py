@@ -1,0 +1,50 @@
+"""The streams as Megatron carries them: [s, b, n*C] between layers, [s, b, n, C] for the operations."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+
+class Residual(NamedTuple):
+    """What an mHC input hands to the bias-dropout-add instead of Megatron's residual tensor.
+
+    x: ``[s, b, n, C]``, the streams' dtype; post ``[s, b, n]`` and res ``[s, b, n, n]``, float32.
+    """
+
+    x: Tensor
+    post: Tensor
+    res: Tensor
+
+
+def expand(hidden: Tensor, num_streams: int) -> Tensor:
+    """Copy ``[s, b, C]`` into all streams: ``[s, b, n*C]`` (the model's entry)."""
+    return hidden.repeat(1, 1, num_streams)
+
+
+def unflatten(hidden: Tensor, num_streams: int) -> Tensor:
+    """View ``[s, b, n*C]`` as ``[s, b, n, C]``."""
+    return hidden.unflatten(-1, (num_streams, hidden.shape[-1] // num_streams))
+
+
+def mark_pipeline_width(config: Any, num_streams: int) -> None:
+    """Record on Megatron's config that pipeline tensors are n * hidden_size wide; the communicator reads it.
+
+    On the config because it is what the model chunks of a rank and the pipeline schedule share.
+
+    Raises:
+        ValueError: if another model with this config has another number of streams.
+    """
+    known = pipeline_width(config)
+    if known not in (1, num_streams):
+        raise ValueError(
+            f"num_streams={num_streams}, but a model with the same TransformerConfig already has {known} streams; "
+            "use one MHCConfig for all its chunks, or a TransformerConfig of its own"
+        )
+    config.mhc_num_streams = num_streams
+
+
+def pipeline_width(config: Any) -> int:
+    """Streams a pipeline tensor carries under this config: 1 for a model without mHC."""
+    return int(getattr(config, "mhc_num_streams", 1))
