@@ -9,6 +9,7 @@ Retired by: an upstream entry point for plugins' arguments.
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -22,10 +23,24 @@ _MODULE = "megatron.training.arguments"
 
 
 def _add_megatron_arguments(original: Callable[..., Any]) -> Callable[..., Any]:
-    def add_megatron_arguments(parser: Any) -> Any:
-        return add_arguments(original(parser))
+    def add_megatron_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+        parser = add_arguments(original(parser))
+        _escape_broken_help(parser)
+        return parser
 
     return add_megatron_arguments
+
+
+def _escape_broken_help(parser: argparse.ArgumentParser) -> None:
+    """Megatron 0.19.2's ``--help`` ends in an exception: one of its help texts has a bare ``%``."""
+    formatter = parser._get_formatter()
+    for action in parser._actions:
+        if not action.help:
+            continue
+        try:
+            formatter._expand_help(action)
+        except (ValueError, TypeError, KeyError):
+            action.help = action.help.replace("%", "%%")
 
 
 def _parse_args(original: Callable[..., Any]) -> Callable[..., Any]:

@@ -11,6 +11,7 @@ from torch import Tensor
 from mhc_megatron.config import MHCConfig
 from mhc_megatron.conflicts import check_conflicts
 from mhc_megatron.residual.entry_exit import contract
+from mhc_megatron.residual.norm_wrapper import NormWrapper
 from mhc_megatron.residual.streams import expand
 
 
@@ -28,6 +29,9 @@ class HyperConnectionLayer:
         super().__init__(config, *args, **kwargs)
         self.mhc_config = mhc_config
         layer: Any = self
+        for norm in (layer.input_layernorm, layer.pre_mlp_layernorm):
+            if isinstance(norm, NormWrapper):
+                norm.tp_group = layer.tp_group
         self.is_entry = layer.layer_number == 1
         self.is_exit = contract_after_last and layer.layer_number == config.num_layers
         if contract_after_last:

@@ -8,6 +8,7 @@ from typing import Any
 from megatron.core.dist_checkpointing.utils import replace_prefix_for_sharding
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from megatron.core.transformer.utils import sharded_state_dict_default
+from megatron.core.utils import get_tensor_model_parallel_group_if_none
 from torch import nn
 
 NormBuilder = Callable[..., nn.Module] | ModuleSpec
@@ -24,6 +25,7 @@ class NormWrapper(nn.Module):
         super().__init__()
         build = build_module if isinstance(norm_builder, ModuleSpec) else _call
         self.norm = build(norm_builder, config=config, hidden_size=hidden_size, eps=eps)
+        self.tp_group: Any = None  # the enclosing layer sets its own; None is Megatron's default group
         self.register_load_state_dict_pre_hook(_accept_stock_keys)
 
     def sharded_state_dict(
@@ -31,8 +33,12 @@ class NormWrapper(nn.Module):
     ) -> dict[str, Any]:
         """Megatron's sharded state dict, the norm's tensors under their stock keys."""
         sharded: dict[str, Any] = {}
+        # A norm is not told its process groups; without the right one, replicas would claim to be the same shard.
+        tp_group = get_tensor_model_parallel_group_if_none(self.tp_group)
         for name, child in self.named_children():
-            child_sharded = sharded_state_dict_default(child, f"{prefix}{name}.", sharded_offsets, metadata)
+            child_sharded = sharded_state_dict_default(
+                child, f"{prefix}{name}.", sharded_offsets, metadata, tp_group=tp_group
+            )
             if child is self.norm:
                 replace_prefix_for_sharding(child_sharded, f"{prefix}norm.", prefix)
             sharded.update(child_sharded)

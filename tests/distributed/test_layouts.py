@@ -1,0 +1,128 @@
+"""The same loss and the same gradients under every parallel layout, parameters carried by distributed checkpoints.
+
+One process draws the parameters (random phi: nothing hides behind the preserving initialisation) and saves them; every
+layout loads that checkpoint, trains one step through Megatron's schedule and saves its gradients as a checkpoint; one
+process loads those and compares. So each case also reshards a checkpoint, both ways.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+
+from mhc_megatron import MHCConfig
+from tests import models
+from tests.ranks import run_ranks, single_process
+
+# Float32; sums run in another order when tokens or weights are split.
+TOLERANCE = 1e-5
+MHC = MHCConfig(init="paper", init_alpha=0.5)
+
+TP2 = {"tensor_model_parallel_size": 2}
+EP2 = {"expert_model_parallel_size": 2}
+PP2 = {"pipeline_model_parallel_size": 2}
+VPP2 = {**PP2, "virtual_pipeline_model_parallel_size": 2}
+INTERLEAVED = {"overlap_p2p_comm": True, "batch_p2p_comm": False}
+RECOMPUTE = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+ENDS_APART = {"pipeline_model_parallel_layout": "E|tt|tt|L"}
+
+# name: (processes, parallel sizes, further settings). Dense where it says so (Megatron wants SP for TP with MoE), else MoE.
+LAYOUTS: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
+    "recompute": (1, {}, RECOMPUTE),
+    "dense-tp2": (2, TP2, {}),
+    "dense-tp2-sp": (2, TP2, {"sequence_parallel": True}),
+    "tp2-sp": (2, TP2, {"sequence_parallel": True}),
+    "tp2-sp-recompute": (2, TP2, {"sequence_parallel": True, **RECOMPUTE, "distribute_saved_activations": False}),
+    "ep2": (2, EP2, {}),
+    "pp2": (2, PP2, {}),
+    "pp2-no-batch": (2, PP2, {"batch_p2p_comm": False}),
+    "pp2-recompute": (2, PP2, RECOMPUTE),
+    "pp2-deallocate": (2, PP2, {"deallocate_pipeline_outputs": True}),
+    "pp2-vpp2": (2, VPP2, {**INTERLEAVED, "deallocate_pipeline_outputs": True}),
+    "pp2-vpp2-ends-apart": (2, VPP2, {**INTERLEAVED, **ENDS_APART, "deallocate_pipeline_outputs": True}),
+    "pp2-ep2": (4, {**PP2, **EP2}, {}),
+    "pp2-tp2-sp": (4, {**PP2, **TP2}, {"sequence_parallel": True}),
+    "pp4-ends-apart": (4, {"pipeline_model_parallel_size": 4}, ENDS_APART),
+}
+
+
+def _model(name: str) -> str:
+    return "dense" if name.startswith("dense") else "moe"
+
+
+def _train(folder: Path, settings: dict[str, Any], out: str) -> None:
+    config = models.make_config(**models.MODELS[_model(out)], **settings)
+    vpp = config.virtual_pipeline_model_parallel_size
+    chunks = [models.build(config, MHC, stage) for stage in (range(vpp) if vpp else [None])]
+    parameters = folder / f"{_model(out)}.parameters"
+    if parameters.exists():
+        models.load(chunks, parameters)
+    else:
+        models.save(chunks, parameters)
+    losses = models.one_step(chunks, config)
+    _check_replicas(chunks)
+    models.gradients_into_parameters(chunks)
+    models.save(chunks, folder / out)
+    last = parallel_state.is_pipeline_last_stage() and parallel_state.get_tensor_model_parallel_rank() == 0
+    if last:
+        rank = parallel_state.get_data_parallel_rank()
+        (folder / f"{out}.losses.{rank}").write_text(json.dumps(losses))
+    dist.barrier()
+
+
+def _check_replicas(chunks: list[torch.nn.Module]) -> None:
+    """mHC parameters are replicated over tensor-parallel ranks: their gradients must be the same bits."""
+    group = parallel_state.get_tensor_model_parallel_group()
+    for chunk in chunks:
+        for name, parameter in chunk.named_parameters():
+            if "hyper_connection" in name:
+                replicas = [torch.empty_like(parameter.main_grad) for _ in range(group.size())]
+                dist.all_gather(replicas, parameter.main_grad, group=group)
+                assert all(torch.equal(replica, replicas[0]) for replica in replicas), name
+
+
+def _losses(folder: Path, out: str) -> list[float]:
+    shares = [json.loads(path.read_text()) for path in sorted(folder.glob(f"{out}.losses.*"))]
+    return [loss for step in zip(*shares, strict=True) for loss in step]
+
+
+def _gradients(folder: Path, out: str) -> dict[str, torch.Tensor]:
+    model = models.build(models.make_config(**models.MODELS[_model(out)]), MHC)
+    models.load([model], folder / out)
+    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any], dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("layouts")
+    losses, gradients = {}, {}
+    for model in ("dense", "moe"):
+        with single_process(folder):
+            _train(folder, {}, model)
+            losses[model], gradients[model] = _losses(folder, model), _gradients(folder, model)
+    return folder, losses, gradients
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_layout_equals_one_process(name: str, reference: Any, hooks: None) -> None:
+    folder, losses, gradients = reference
+    processes, sizes, further = LAYOUTS[name]
+    settings = {**sizes, **further}
+    if "pipeline_model_parallel_size" in sizes:
+        settings["pipeline_dtype"] = torch.float32
+    groups = {**sizes, "order": "tp-cp-ep-dp-pp"}
+    run_ranks(_train, processes, folder, groups, folder=folder, settings=settings, out=name)
+
+    torch.testing.assert_close(_losses(folder, name), losses[_model(name)], rtol=TOLERANCE, atol=0)
+    with single_process(folder):
+        ours = _gradients(folder, name)
+    for parameter, expected in gradients[_model(name)].items():
+        assert expected.norm() > 0, f"{parameter} gets no gradient: the comparison would be empty"
+        error = (ours[parameter] - expected).norm() / expected.norm()
+        assert error < TOLERANCE, f"{parameter}: relative error {error:.1e}"

@@ -1,0 +1,67 @@
+"""Megatron process groups inside pytest: this process alone, or forked ranks."""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import gc
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+RANK_TIMEOUT = 120  # seconds; a rank that hangs prints its stack and fails the test
+
+
+@contextlib.contextmanager
+def _groups(store: Path, rank: int, world: int, **layout: Any) -> Iterator[None]:
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, init_method=f"file://{store}", rank=rank, world_size=world)
+    try:
+        parallel_state.initialize_model_parallel(**layout)
+        torch.manual_seed(1)
+        model_parallel_cuda_manual_seed(1)
+        yield
+    finally:
+        parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()
+        # Groups that Megatron forgets would deadlock a rank forked later.
+        for name, value in list(vars(parallel_state).items()):
+            if isinstance(value, dist.ProcessGroup):
+                setattr(parallel_state, name, None)
+        gc.collect()
+
+
+@contextlib.contextmanager
+def single_process(folder: Path) -> Iterator[None]:
+    store = folder / "store"
+    store.unlink(missing_ok=True)
+    with _groups(store, 0, 1):
+        yield
+    store.unlink(missing_ok=True)
+
+
+def _rank_main(rank: int, world: int, store: Path, function: Callable[..., None], layout: dict, kwargs: dict) -> None:
+    faulthandler.dump_traceback_later(RANK_TIMEOUT, exit=True, file=sys.stderr)
+    torch.set_num_threads(1)
+    try:
+        with _groups(store, rank, world, **layout):
+            function(**kwargs)
+    except Exception:
+        traceback.print_exc()
+        raise
+
+
+def run_ranks(function: Callable[..., None], world: int, scratch: Path, layout: dict | None = None, **kwargs: Any) -> None:
+    """Run ``function(**kwargs)`` in ``world`` forked ranks with Megatron groups for ``layout``; raise if one fails."""
+    store = scratch / "ranks"
+    store.unlink(missing_ok=True)
+    torch.multiprocessing.start_processes(
+        _rank_main, (world, store, function, layout or {}, kwargs), nprocs=world, start_method="fork"
+    )
