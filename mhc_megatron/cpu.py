@@ -179,24 +179,36 @@ def _patch_megatron() -> None:
     # Its state handling expects Transformer Engine's or apex's Adam; torch's keeps `step` and needs no_grad.
     stock_set = DistributedOptimizer._set_main_param_and_optimizer_states
     stock_sharded = DistributedOptimizer.sharded_state_dict
+    stock_load = DistributedOptimizer.load_state_dict
 
     def set_main(self: Any, parameter: Any, tensors: dict[str, Any]) -> Any:
-        tensors.setdefault("step", None)
+        # The step came with the parameter groups; what stands here is this run's, from before loading.
         with torch.no_grad():
-            return stock_set(self, parameter, tensors)
+            return stock_set(self, parameter, {**tensors, "step": None})
 
     def sharded_state_dict(self: Any, model: Any, is_loading: bool = False, *args: Any, **kwargs: Any) -> Any:
         if is_loading and not self.optimizer.state:
             self._init_optimizer_states_with_dummy_values()
         return stock_sharded(self, model, is_loading, *args, **kwargs)
 
+    def load_state_dict(self: Any, state_dict: Any) -> Any:
+        result = stock_load(self, state_dict)
+        # Stock gives every parameter the SAME step tensor; torch's Adam then counts each update once a parameter.
+        for state in self.optimizer.state.values():
+            if torch.is_tensor(state.get("step")):
+                state["step"] = state["step"].clone()
+        return result
+
+    DistributedOptimizer.load_state_dict = load_state_dict  # type: ignore[method-assign]
     DistributedOptimizer._set_main_param_and_optimizer_states = set_main  # type: ignore[method-assign]
     DistributedOptimizer.sharded_state_dict = sharded_state_dict  # type: ignore[method-assign]
 
 
 def _patch_training() -> None:
+    import megatron.training.initialize as initialize
     import megatron.training.training as training
 
     # These two assert a GPU or compile kernels.
-    training.initialize_megatron = functools.partial(training.initialize_megatron, allow_no_cuda=True)
+    initialize.initialize_megatron = functools.partial(initialize.initialize_megatron, allow_no_cuda=True)
+    training.initialize_megatron = initialize.initialize_megatron
     training.set_jit_fusion_options = lambda *a, **k: None
