@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mhc_megatron.megatron_hooks import datasets, model, pipeline, weight_decay
+from mhc_megatron.megatron_hooks import datasets, model, optimizer, pipeline
 from mhc_megatron.megatron_hooks.active import print_rank_0, set_config
 from mhc_megatron.megatron_hooks.rebind import Rebinding
 
@@ -10,8 +10,8 @@ from mhc_megatron.megatron_hooks.rebind import Rebinding
 def enable() -> None:
     """Install the hooks. Call it once, before the training script imports from Megatron; calling it again does nothing.
 
-    Nothing changes until ``--enable-mhc`` is on the command line or a model is built from a `to_mhc_spec` spec; pipeline
-    parallelism and the weight-decay default of the latter need this call too.
+    Nothing changes until ``--enable-mhc`` is on the command line or a model is built from a `to_mhc_spec` spec. The latter needs
+    this call for pipeline parallelism, for the optimizer (weight decay; bf16 with the distributed optimizer).
 
     Raises:
         RuntimeError: if the installed Megatron lacks a name that a hook needs.
@@ -28,7 +28,7 @@ def disable() -> None:
 
 
 def _rebindings() -> list[Rebinding]:
-    core = [*datasets.REBINDINGS, *model.REBINDINGS, *pipeline.REBINDINGS, *weight_decay.CORE_REBINDINGS]
+    core = [*datasets.REBINDINGS, *model.REBINDINGS, *pipeline.REBINDINGS, *optimizer.CORE_REBINDINGS]
     try:
         import megatron.training.training  # noqa: F401
     except ImportError as error:
@@ -36,4 +36,4 @@ def _rebindings() -> list[Rebinding]:
         return core
     from mhc_megatron.megatron_hooks import arguments, checkpoint
 
-    return [*core, *weight_decay.TRAINING_REBINDINGS, *arguments.REBINDINGS, *checkpoint.REBINDINGS]
+    return [*core, *optimizer.TRAINING_REBINDINGS, *arguments.REBINDINGS, *checkpoint.REBINDINGS]

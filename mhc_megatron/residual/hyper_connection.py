@@ -16,7 +16,8 @@ from mhc_megatron.config import MHCConfig
 POST_SPREAD = 0.15
 # preserve: b_res = DIAGONAL * identity, so H_res starts near the identity, symmetric: its columns are exact as well.
 RES_DIAGONAL = 4.0
-# Optimizer hook: parameters with this attribute get no weight decay.
+# Attributes for the optimizer hook: a parameter of this package; one that gets no weight decay.
+MHC_PARAMETER = "mhc_parameter"
 NO_WEIGHT_DECAY = "mhc_no_weight_decay"
 
 
@@ -42,6 +43,7 @@ class Float32Module(nn.Module):
 def _parameter(shape: tuple[int, ...], config: Any) -> nn.Parameter:
     device = "cpu" if config.use_cpu_initialization else torch.cuda.current_device()
     parameter = nn.Parameter(torch.empty(shape, dtype=torch.float32, device=device))
+    setattr(parameter, MHC_PARAMETER, True)
     # Under sequence parallelism every tensor-parallel rank sees other tokens: Megatron then sums these gradients.
     parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
     return parameter
