@@ -46,6 +46,7 @@ def _layer_by_reference(layer: Any, x: torch.Tensor, **kwargs: Any) -> torch.Ten
         pre, post, res = reference.mappings(x, hc.phi.double(), hc.alpha.double(), hc.bias.double())
         y, bias = sublayer(norm.norm(reference.aggregate(x, pre).bfloat16()))
         x = reference.mix(x, res, post, y.double(), None if bias is None else bias.double())
+        x = x.bfloat16().double()  # streams are bf16: without this a router's near-ties fall the other way
     return x
 
 
@@ -105,12 +106,19 @@ def test_parameters_and_mappings_stay_float32(one_process: None) -> None:
     assert (mappings[2].sum(-1) - 1).abs().max() < 1e-6
 
 
-def test_local_checkpoint_loads_into_te(one_process: None, tmp_path: Path) -> None:
-    """The same keys for mHC's parameters whichever spec they come from."""
-    settings = {**models.DENSE, "hidden_size": 128, "use_cpu_initialization": False, "add_bias_linear": False}
-    local = models.build(models.make_config(**settings), MHC).cuda()
-    te = models.build(models.make_config(**settings), MHC, te=True).cuda()
-    models.save([local], tmp_path / "local")
-    models.load([te], tmp_path / "local")
-    ids = models.tokens(0)
-    torch.testing.assert_close(models.forward(te, ids), models.forward(local, ids), rtol=2e-3, atol=2e-3)
+def test_checkpoint_keys_do_not_depend_on_the_spec(one_process: None) -> None:
+    """mHC's parameters and the norms have one key in local and in Transformer Engine models, dense and MoE.
+
+    What else differs between the two (extra states) differs in stock models as well.
+    """
+    for kind in ("dense", "moe"):
+        config = _config(kind, add_bias_linear=False, moe_grouped_gemm=False)
+
+        def keys(mhc: MHCConfig | None, te: bool, config: Any = config) -> set[str]:
+            sharded = models.sharded_state_dict([models.build(config, mhc, te=te)])["model0"]
+            return {value.key for value in sharded.values() if hasattr(value, "key")}
+
+        local, te = keys(MHC, False), keys(MHC, True)
+        assert local - te == keys(None, False) - keys(None, True)
+        assert te - local == keys(None, True) - keys(None, False)
+        assert sum("hyper_connection" in key for key in local & te) == 2 * 3 * config.num_layers

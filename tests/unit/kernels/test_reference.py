@@ -75,10 +75,16 @@ class TestSinkhorn:
         assert (m.sum(-1) - 1).abs().max() < 1e-6
 
     def test_columns_at_twenty_iterations(self) -> None:
-        m = sinkhorn(torch.randn(20000, 4, 4, generator=torch.Generator().manual_seed(0)))
-        assert (m.sum(-2) - 1).abs().quantile(0.99) < 1e-4
-        uniform = sinkhorn(2 * torch.rand(20000, 4, 4, generator=torch.Generator().manual_seed(0)) - 1)
-        assert (uniform.sum(-2) - 1).abs().max() < 1e-4
+        """Truncation, not rounding: a normal draw of scale 1 now and then has a matrix that needs more iterations."""
+        g = torch.Generator().manual_seed(0)
+        for logits, quantile in (
+            (2 * torch.rand(20000, 4, 4, generator=g) - 1, 1.0),
+            (0.5 * torch.randn(20000, 4, 4, generator=g), 1.0),
+            (torch.randn(20000, 4, 4, generator=g), 0.999),
+        ):
+            m = sinkhorn(logits)
+            assert (m.sum(-2) - 1).abs().amax(-1).quantile(quantile) < 1e-4
+            assert (m.double() - sinkhorn_by_definition(logits, 20)).abs().max() < 1e-6
 
     def test_nan_propagates(self) -> None:
         logits = torch.zeros(2, 4, 4)
