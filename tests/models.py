@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -98,14 +97,18 @@ def forward(model: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor:
     return model(ids, positions, mask, labels=ids.roll(-1, 1))
 
 
+def wrap(model: torch.nn.Module, config: TransformerConfig) -> DistributedDataParallel:
+    ddp_config = DistributedDataParallelConfig(use_distributed_optimizer=False, overlap_grad_reduce=False)
+    return DistributedDataParallel(config, ddp_config, model)
+
+
 def one_step(models: list[torch.nn.Module], config: TransformerConfig) -> list[float]:
     """Forward and backward of MICROBATCHES microbatches by Megatron's schedule; gradients end up in ``main_grad``.
 
     Returns:
         the losses of all microbatches in order, on ranks of the last stage (of this data-parallel rank's share).
     """
-    ddp_config = DistributedDataParallelConfig(use_distributed_optimizer=False, overlap_grad_reduce=False)
-    wrapped = [DistributedDataParallel(config, ddp_config, model) for model in models]
+    wrapped = [wrap(model, config) for model in models]
     for chunk in wrapped:
         chunk.zero_grad_buffer()
     config.finalize_model_grads_func = finalize_model_grads
@@ -157,7 +160,3 @@ def gradients_into_parameters(models: list[torch.nn.Module]) -> None:
         for model in models:
             for parameter in model.parameters():
                 parameter.copy_(parameter.main_grad)
-
-
-def replace(config: MHCConfig, **changes: Any) -> MHCConfig:
-    return dataclasses.replace(config, **changes)

@@ -1,0 +1,201 @@
+"""Whole training jobs through the launcher: an unmodified script, Megatron's pretrain, checkpoints, real text."""
+
+from __future__ import annotations
+
+import re
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mhc_megatron.cpu import MEGATRON_ARGUMENTS
+from mhc_megatron.quickstart import data
+from mhc_megatron.quickstart.jobs import TRAIN_SCRIPT, Job
+
+MODEL = """
+--num-layers 4 --hidden-size 32 --num-attention-heads 4 --seq-length 32 --max-position-embeddings 32
+--position-embedding-type rope --normalization RMSNorm --swiglu --disable-bias-linear
+--untie-embeddings-and-output-weights --hidden-dropout 0 --attention-dropout 0
+--num-experts 4 --moe-router-topk 2 --moe-ffn-hidden-size 32 --moe-layer-freq [0]+[1]*3 --moe-aux-loss-coeff 0
+--moe-token-dispatcher-type alltoall --micro-batch-size 2 --global-batch-size 8 --lr 1e-2 --lr-decay-style constant
+--clip-grad 1.0 --log-interval 1 --eval-interval 1000 --eval-iters 2 --num-workers 0 --ckpt-format torch_dist
+--tokenizer-type NullTokenizer --vocab-size 264 --make-vocab-size-divisible-by 1 --split 90,10,0
+--use-distributed-optimizer
+""".split()
+RESHARDABLE = ["--dist-ckpt-optim-fully-reshardable"]
+ITERATIONS = 8
+
+PP2_VPP2 = "--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1".split()
+EP2 = "--expert-model-parallel-size 2".split()
+TP2_SP = "--tensor-model-parallel-size 2 --sequence-parallel".split()
+
+# Losses of the same float32 run under another layout, over ITERATIONS steps: rounding grows as the runs go on.
+ACROSS_LAYOUTS = 1e-4
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("training")
+    data.prepare(folder)
+    return folder
+
+
+def arguments(folder: Path) -> list[str]:
+    text = [f"--data-path={folder / 'text'}", f"--data-cache-path={folder / 'cache'}"]
+    return [*MODEL, *MEGATRON_ARGUMENTS, *text, f"--train-iters={ITERATIONS}"]
+
+
+def command(folder: Path, *further: str, processes: int = 1, script: Path = TRAIN_SCRIPT) -> list[str]:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    run = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}", f"--master-port={port}"]
+    run += ["-m", "mhc_megatron", "pretrain", "--cpu", str(script)]
+    return [*run, *arguments(folder), *further]
+
+
+def train(folder: Path, *further: str, **options: Any) -> dict[int, float]:
+    """Run a job to its end; its training losses by iteration, ``-1`` for the validation loss at the end."""
+    done = subprocess.run(command(folder, *further, **options), capture_output=True, text=True, timeout=300)
+    output = done.stdout + done.stderr
+    assert done.returncode == 0, output[-4000:]
+    losses = {int(i): float(x) for i, x in re.findall(r"iteration\s+(\d+)/\s*\d+ \|.*\| lm loss: (\S+)", output)}
+    validation = re.findall(r"validation loss at iteration \d+ on validation set \| lm loss value: (\S+)", output)
+    if losses and min(losses) > 1:
+        # Megatron logs the second iteration after a start as the average of the first two.
+        first = min(losses)
+        losses[first + 1] = 2 * losses[first + 1] - losses[first]
+    else:
+        losses[2] = 2 * losses[2] - losses[1]
+    if validation:
+        losses[-1] = float(validation[-1])
+    return losses
+
+
+def fail(folder: Path, *further: str, **options: Any) -> str:
+    """Run a job that must fail before it trains; its output."""
+    done = subprocess.run(command(folder, *further, **options), capture_output=True, text=True, timeout=300)
+    output = done.stdout + done.stderr
+    assert done.returncode != 0
+    assert "iteration        1/" not in output
+    return output
+
+
+def close(ours: dict[int, float], expected: dict[int, float], tolerance: float) -> None:
+    assert ours.keys() <= expected.keys()
+    assert ours
+    for iteration, loss in ours.items():
+        assert loss == pytest.approx(expected[iteration], rel=tolerance), f"iteration {iteration}"
+
+
+@pytest.fixture(scope="module")
+def mhc(folder: Path) -> dict[int, float]:
+    """An uninterrupted mHC run in one process, with checkpoints of iteration 4 and 8."""
+    losses = train(folder, "--enable-mhc", *RESHARDABLE, f"--save={folder / 'mhc'}", "--save-interval=4")
+    # The runs below start from the one of iteration 4.
+    (folder / "mhc" / "latest_checkpointed_iteration.txt").write_text("4")
+    assert losses[ITERATIONS] < losses[1] - 1
+    return losses
+
+
+@pytest.fixture(scope="module")
+def stock(folder: Path) -> dict[int, float]:
+    """The same run without mHC, its checkpoint of iteration 4 in folder/stock."""
+    losses = train(folder, *RESHARDABLE, f"--save={folder / 'stock'}", "--save-interval=4")
+    (folder / "stock" / "latest_checkpointed_iteration.txt").write_text("4")
+    return losses
+
+
+def test_mhc_trains_differently_from_the_same_start(mhc: dict[int, float], stock: dict[int, float]) -> None:
+    assert mhc[1] == pytest.approx(stock[1], rel=1e-5)
+    assert abs(mhc[ITERATIONS] - stock[ITERATIONS]) > 1e-4
+
+
+@pytest.mark.parametrize("bf16", [[], ["--bf16"]], ids=["float32", "bf16"])
+def test_killed_and_resumed(folder: Path, bf16: list[str]) -> None:
+    """SIGKILL after a checkpoint; the resumed run has the uninterrupted one's losses, to every printed digit."""
+    name = "killed" + "".join(bf16)
+    job = ["--enable-mhc", *bf16, f"--save={folder / name}", f"--load={folder / name}", "--save-interval=4"]
+    killed = Job(folder / f"{name}.log", TRAIN_SCRIPT, [*arguments(folder), *job], gpu=False)
+    assert max(killed.run(lambda iteration, loss: iteration < 6).training) == 6
+    resumed = train(folder, *job)
+    assert min(i for i in resumed if i > 0) == 5
+    close(resumed, train(folder, "--enable-mhc", *bf16), 1e-6)
+
+
+@pytest.mark.parametrize("layout", [PP2_VPP2, TP2_SP], ids=["pp2-vpp2", "tp2-sp"])
+def test_resume_under_another_layout(folder: Path, mhc: dict[int, float], layout: list[str]) -> None:
+    """Parameters and optimizer state of a one-process run, continued under another layout, and back."""
+    there = folder / "-".join(["there", *layout[::2]])
+    moved = [*layout, *RESHARDABLE, "--enable-mhc", "--load", str(folder / "mhc"), "--no-load-rng"]
+    ours = train(folder, *moved, f"--save={there}", "--save-interval=6", processes=2)
+    close(ours, mhc, ACROSS_LAYOUTS)
+    (there / "latest_checkpointed_iteration.txt").write_text("6")
+    back = train(folder, *RESHARDABLE, "--enable-mhc", f"--load={there}", "--no-load-rng")
+    close(back, mhc, ACROSS_LAYOUTS)
+
+
+def test_load_under_expert_parallelism(folder: Path, mhc: dict[int, float]) -> None:
+    """Parameters move between expert-parallel sizes; Megatron 0.19's optimizer state does not, with or without mHC
+
+    (it keeps one optimizer for EP 1, two for EP > 1).
+    """
+    load = ["--enable-mhc", f"--load={folder / 'mhc'}", "--no-load-optim", "--no-load-rng"]
+    ours = train(folder, *EP2, *load, processes=2)
+    assert ours[5] == pytest.approx(mhc[5], rel=1e-5)
+
+
+def test_residual_checkpoint_continued_with_mhc(folder: Path, stock: dict[int, float]) -> None:
+    """With the preserving initialisation an mHC model starts as the same function: the same loss to 1e-5."""
+    start = ["--finetune", f"--load={folder / 'stock'}"]
+    plain, ours = train(folder, *start), train(folder, *start, "--enable-mhc")
+    assert ours[1] == pytest.approx(plain[1], rel=1e-5)
+    assert plain[1] < stock[1] - 0.5, "the checkpoint was not loaded"
+    pretrained = train(folder, "--enable-mhc", f"--load={folder / 'none'}", f"--pretrained-checkpoint={folder / 'stock'}")
+    assert pretrained[1] == pytest.approx(plain[1], rel=1e-5)
+
+
+def test_residual_checkpoint_is_not_resumed_by_accident(folder: Path, stock: dict[int, float]) -> None:
+    output = fail(folder, "--enable-mhc", f"--load={folder / 'stock'}")
+    assert "to continue it with --enable-mhc add --finetune" in output
+
+
+def test_checkpoint_with_other_settings(folder: Path, mhc: dict[int, float]) -> None:
+    load = f"--load={folder / 'mhc'}"
+    assert "was made with --mhc-num-streams 4, this run has 2" in fail(folder, "--enable-mhc", "--mhc-num-streams=2", load)
+    assert "is an mHC model; add --enable-mhc" in fail(folder, load)
+
+
+def test_use_checkpoint_args(folder: Path, mhc: dict[int, float]) -> None:
+    close(train(folder, "--use-checkpoint-args", f"--load={folder / 'mhc'}", *RESHARDABLE), mhc, 1e-6)
+
+
+def test_one_line_in_the_script(folder: Path, mhc: dict[int, float]) -> None:
+    """`import mhc_megatron; mhc_megatron.enable()` instead of the launcher."""
+    script = folder / "my_pretrain.py"
+    stock_script = TRAIN_SCRIPT.read_text().replace("from __future__ import annotations", "")
+    script.write_text(
+        "from mhc_megatron import cpu; cpu.install()\nimport mhc_megatron; mhc_megatron.enable()\n" + stock_script
+    )
+    run = command(folder, "--enable-mhc")
+    module = run.index("-m", 3)
+    run[module : run.index(str(TRAIN_SCRIPT)) + 1] = [str(script)]
+    done = subprocess.run(run, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-4000:]
+    losses = [float(x) for x in re.findall(r"\| lm loss: (\S+)", done.stdout)]
+    assert losses[-1] == pytest.approx(mhc[ITERATIONS], rel=1e-6)
+
+
+def test_refusal_reaches_the_user(folder: Path) -> None:
+    output = fail(folder, "--enable-mhc", "--fp32-residual-connection", "--bf16")
+    assert "ValueError: mHC can't be used with --fp32-residual-connection" in output
+
+
+def test_missing_script(tmp_path: Path) -> None:
+    run = [sys.executable, "-m", "mhc_megatron", "pretrain", str(tmp_path / "none.py"), "--enable-mhc"]
+    done = subprocess.run(run, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "no training script at" in done.stderr
