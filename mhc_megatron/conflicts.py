@@ -56,8 +56,12 @@ CONFLICTS = (
         "it adds the residual inside the linear layer; not supported with mHC, remove it",
     ),
     Conflict("hybrid_layer_pattern", _is_set, "mHC converts GPTModel only; hybrid models are not supported yet"),
-    Conflict("use_megatron_fsdp", _is_set, "FSDP with mHC is not supported in this release; use --use-distributed-optimizer"),
-    Conflict("use_torch_fsdp2", _is_set, "FSDP with mHC is not supported in this release; use --use-distributed-optimizer"),
+    Conflict(
+        "use_megatron_fsdp", _is_set, "FSDP with mHC is not supported in this release; use --use-distributed-optimizer"
+    ),
+    Conflict(
+        "use_torch_fsdp2", _is_set, "FSDP with mHC is not supported in this release; use --use-distributed-optimizer"
+    ),
 )
 
 

@@ -58,7 +58,9 @@ def _rank_main(rank: int, world: int, store: Path, function: Callable[..., None]
         raise
 
 
-def run_ranks(function: Callable[..., None], world: int, scratch: Path, layout: dict | None = None, **kwargs: Any) -> None:
+def run_ranks(
+    function: Callable[..., None], world: int, scratch: Path, layout: dict | None = None, **kwargs: Any
+) -> None:
     """Run ``function(**kwargs)`` in ``world`` forked ranks with Megatron groups for ``layout``; raise if one fails."""
     store = scratch / "ranks"
     store.unlink(missing_ok=True)

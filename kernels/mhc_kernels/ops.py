@@ -62,9 +62,7 @@ def mix(
     return reference.mix(x, res, post, y, bias)
 
 
-def head(
-    x: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, *, eps: float = 1e-6, backend: str = "auto"
-) -> Tensor:
+def head(x: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, *, eps: float = 1e-6, backend: str = "auto") -> Tensor:
     """See `mhc_kernels.reference.head`."""
     resolve_backend(backend)
     return reference.head(x, phi, alpha, bias, eps=eps)

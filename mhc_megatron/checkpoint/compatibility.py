@@ -28,7 +28,9 @@ def is_warm_start(checkpoint_args: Any, args: Any, source: str, *, fresh_optimiz
     if theirs is None and ours is None:
         return False
     if ours is None:
-        raise ValueError(f"the checkpoint in {source} is an mHC model; add --enable-mhc (its settings are recorded in it)")
+        raise ValueError(
+            f"the checkpoint in {source} is an mHC model; add --enable-mhc (its settings are recorded in it)"
+        )
     if theirs is None:
         if not fresh_optimizer:
             raise ValueError(

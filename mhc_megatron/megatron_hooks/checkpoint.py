@@ -43,7 +43,9 @@ def _load_base_checkpoint(original: Callable[..., Any]) -> Callable[..., Any]:
         recorded = state_dict.get("args")
         if recorded is not None and not _taking_arguments:
             run = bound["args"]
-            fresh = run.finetune or run.no_load_optim or bound["load_dir"] == getattr(run, "pretrained_checkpoint", None)
+            fresh = (
+                run.finetune or run.no_load_optim or bound["load_dir"] == getattr(run, "pretrained_checkpoint", None)
+            )
             warm = is_warm_start(recorded, run, str(bound["load_dir"]), fresh_optimizer=fresh)
             if warm and not _warm_start:
                 _say_warm_start(bound["load_dir"])
@@ -55,8 +57,10 @@ def _load_base_checkpoint(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def _say_warm_start(load_dir: Any) -> None:
     config = get_config()
-    keeps = "the model starts as the same function" if config and config.init == "preserve" else (
-        "--mhc-init paper does NOT keep the model's function; use --mhc-init preserve for that"
+    keeps = (
+        "the model starts as the same function"
+        if config and config.init == "preserve"
+        else ("--mhc-init paper does NOT keep the model's function; use --mhc-init preserve for that")
     )
     print_rank_0(f"continuing the residual checkpoint in {load_dir} with mHC: {keeps}")
 

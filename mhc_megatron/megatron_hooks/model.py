@@ -32,7 +32,9 @@ def _init(original: Callable[..., Any]) -> Callable[..., Any]:
         check_conflicts(config, flag)
         block = _resolve(arguments["transformer_layer_spec"], config, arguments)
         if any(_is_converted(layer) for layer in block.layer_specs or []):
-            raise ValueError("--enable-mhc: this script's spec is an mHC spec already; remove the flag or its to_mhc_spec")
+            raise ValueError(
+                "--enable-mhc: this script's spec is an mHC spec already; remove the flag or its to_mhc_spec"
+            )
         arguments["transformer_layer_spec"] = to_mhc_spec(block, mhc_config)
         return original(*bound.args, **bound.kwargs)
 

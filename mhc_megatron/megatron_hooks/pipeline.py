@@ -11,7 +11,6 @@ from __future__ import annotations
 from mhc_megatron.megatron_hooks.rebind import Rebinding
 from mhc_megatron.pipeline.communicator import StreamsCommunicator
 
-
 REBINDINGS = [
     Rebinding("megatron.core.pipeline_parallel.schedules", "P2PCommunicator", lambda original: StreamsCommunicator)
 ]

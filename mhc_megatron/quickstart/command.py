@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import shutil
 import sys
 import time
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -45,6 +47,9 @@ def run(options: argparse.Namespace) -> int:
     if options.iterations < 20:
         print(f"quickstart: --iterations must be >= 20, got {options.iterations}", file=sys.stderr)
         return 2
+    # Megatron warns of every optional package it does without; the jobs' logs keep what matters.
+    warnings.simplefilter("ignore")
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     try:
         _claim(options.folder)
         return _Quickstart(options.folder.resolve(), options.iterations).run()
@@ -124,7 +129,9 @@ class _Quickstart:
         # Megatron logs the second iteration after a start as the average of the first two.
         twice = sorted(first.training.keys() & second.training.keys() - {save_at + 2})
         if not twice or min(twice) <= save_at:
-            raise JobError(f"the resumed run did not start after iteration {save_at} (see {self.folder}/mhc-resumed.log)")
+            raise JobError(
+                f"the resumed run did not start after iteration {save_at} (see {self.folder}/mhc-resumed.log)"
+            )
         self.runs["mhc"] = Losses(first.training | second.training, first.validation | second.validation)
         difference = max(abs(first.training[i] - second.training[i]) for i in twice)
         self.say(

@@ -21,7 +21,12 @@ def draw(runs: dict[str, Losses], unigram_entropy: float, path: Path) -> None:
         color = f"C{i}"
         axes.plot(list(losses.training), list(losses.training.values()), color=color, lw=0.6, alpha=0.5)
         axes.plot(
-            list(losses.validation), list(losses.validation.values()), color=color, marker="o", ms=4, label=_LABELS[name]
+            list(losses.validation),
+            list(losses.validation.values()),
+            color=color,
+            marker="o",
+            ms=4,
+            label=_LABELS[name],
         )
     axes.axhline(unigram_entropy, color="grey", ls="--", lw=1, label="unigram entropy of the text")
     axes.set(

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch.nn.functional as F
-from mhc_kernels import mix
 from torch import Tensor
 
+from mhc_kernels import mix
 from mhc_megatron.config import MHCConfig
 from mhc_megatron.residual.streams import Residual
 

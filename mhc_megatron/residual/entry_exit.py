@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from mhc_kernels import aggregate
 from torch import Tensor, nn
 
+from mhc_kernels import aggregate
 from mhc_megatron.config import MHCConfig
 from mhc_megatron.residual.hyper_connection import ExitHead
 from mhc_megatron.residual.norm_wrapper import NormBuilder, NormWrapper
@@ -40,9 +40,7 @@ class StreamExit(NormWrapper):
     Profile ``deepseek-v4`` contracts with a learned head instead of the mean.
     """
 
-    def __init__(
-        self, norm_builder: NormBuilder, mhc_config: MHCConfig, *, config: Any, hidden_size: int, eps: float
-    ):
+    def __init__(self, norm_builder: NormBuilder, mhc_config: MHCConfig, *, config: Any, hidden_size: int, eps: float):
         super().__init__(norm_builder, config, hidden_size, eps)
         self.num_streams = mhc_config.num_streams
         self.backend = mhc_config.backend

@@ -7,9 +7,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from mhc_kernels import head, mappings
 from torch import Tensor, nn
 
+from mhc_kernels import head, mappings
 from mhc_megatron.config import MHCConfig
 
 # preserve: H_post = 1 + d_i, d from -SPREAD to SPREAD. Equal ones would keep the streams equal for ever.

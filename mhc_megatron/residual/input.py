@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from mhc_kernels import aggregate
 from torch import Tensor
 
+from mhc_kernels import aggregate
 from mhc_megatron.config import MHCConfig
 from mhc_megatron.residual.hyper_connection import HyperConnection
 from mhc_megatron.residual.norm_wrapper import NormBuilder, NormWrapper
@@ -26,9 +26,7 @@ class HyperConnectionInput(NormWrapper):
 
     returns_residual = True  # the name by which Megatron's next release recognises such a norm
 
-    def __init__(
-        self, norm_builder: NormBuilder, mhc_config: MHCConfig, *, config: Any, hidden_size: int, eps: float
-    ):
+    def __init__(self, norm_builder: NormBuilder, mhc_config: MHCConfig, *, config: Any, hidden_size: int, eps: float):
         super().__init__(norm_builder, config, hidden_size, eps)
         self.num_streams = mhc_config.num_streams
         self.hidden_size = hidden_size

@@ -15,22 +15,13 @@ from mhc_megatron.cpu import MEGATRON_ARGUMENTS
 from mhc_megatron.quickstart import data
 from mhc_megatron.quickstart.jobs import TRAIN_SCRIPT, Job
 
-MODEL = """
---num-layers 4 --hidden-size 32 --num-attention-heads 4 --seq-length 32 --max-position-embeddings 32
---position-embedding-type rope --normalization RMSNorm --swiglu --disable-bias-linear
---untie-embeddings-and-output-weights --hidden-dropout 0 --attention-dropout 0
---num-experts 4 --moe-router-topk 2 --moe-ffn-hidden-size 32 --moe-layer-freq [0]+[1]*3 --moe-aux-loss-coeff 0
---moe-token-dispatcher-type alltoall --micro-batch-size 2 --global-batch-size 8 --lr 1e-2 --lr-decay-style constant
---clip-grad 1.0 --log-interval 1 --eval-interval 1000 --eval-iters 2 --num-workers 0 --ckpt-format torch_dist
---tokenizer-type NullTokenizer --vocab-size 264 --make-vocab-size-divisible-by 1 --split 90,10,0
---use-distributed-optimizer
-""".split()
+MODEL = ["--num-layers", "4", "--hidden-size", "32", "--num-attention-heads", "4", "--seq-length", "32", "--max-position-embeddings", "32", "--position-embedding-type", "rope", "--normalization", "RMSNorm", "--swiglu", "--disable-bias-linear", "--untie-embeddings-and-output-weights", "--hidden-dropout", "0", "--attention-dropout", "0", "--num-experts", "4", "--moe-router-topk", "2", "--moe-ffn-hidden-size", "32", "--moe-layer-freq", "[0]+[1]*3", "--moe-aux-loss-coeff", "0", "--moe-token-dispatcher-type", "alltoall", "--micro-batch-size", "2", "--global-batch-size", "8", "--lr", "1e-2", "--lr-decay-style", "constant", "--clip-grad", "1.0", "--log-interval", "1", "--eval-interval", "1000", "--eval-iters", "2", "--num-workers", "0", "--ckpt-format", "torch_dist", "--tokenizer-type", "NullTokenizer", "--vocab-size", "264", "--make-vocab-size-divisible-by", "1", "--split", "90,10,0", "--use-distributed-optimizer"]
 RESHARDABLE = ["--dist-ckpt-optim-fully-reshardable"]
 ITERATIONS = 8
 
-PP2_VPP2 = "--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1".split()
-EP2 = "--expert-model-parallel-size 2".split()
-TP2_SP = "--tensor-model-parallel-size 2 --sequence-parallel".split()
+PP2_VPP2 = ["--pipeline-model-parallel-size", "2", "--num-layers-per-virtual-pipeline-stage", "1"]
+EP2 = ["--expert-model-parallel-size", "2"]
+TP2_SP = ["--tensor-model-parallel-size", "2", "--sequence-parallel"]
 
 # Losses of the same float32 run under another layout, over ITERATIONS steps: rounding grows as the runs go on.
 ACROSS_LAYOUTS = 1e-4
@@ -154,7 +145,9 @@ def test_residual_checkpoint_continued_with_mhc(folder: Path, stock: dict[int, f
     plain, ours = train(folder, *start), train(folder, *start, "--enable-mhc")
     assert ours[1] == pytest.approx(plain[1], rel=1e-5)
     assert plain[1] < stock[1] - 0.5, "the checkpoint was not loaded"
-    pretrained = train(folder, "--enable-mhc", f"--load={folder / 'none'}", f"--pretrained-checkpoint={folder / 'stock'}")
+    pretrained = train(
+        folder, "--enable-mhc", f"--load={folder / 'none'}", f"--pretrained-checkpoint={folder / 'stock'}"
+    )
     assert pretrained[1] == pytest.approx(plain[1], rel=1e-5)
 
 
@@ -165,7 +158,9 @@ def test_residual_checkpoint_is_not_resumed_by_accident(folder: Path, stock: dic
 
 def test_checkpoint_with_other_settings(folder: Path, mhc: dict[int, float]) -> None:
     load = f"--load={folder / 'mhc'}"
-    assert "was made with --mhc-num-streams 4, this run has 2" in fail(folder, "--enable-mhc", "--mhc-num-streams=2", load)
+    assert "was made with --mhc-num-streams 4, this run has 2" in fail(
+        folder, "--enable-mhc", "--mhc-num-streams=2", load
+    )
     assert "is an mHC model; add --enable-mhc" in fail(folder, load)
 
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from mhc_kernels import reference
 
+from mhc_kernels import reference
 from mhc_megatron import MHCConfig
 from tests import models
 

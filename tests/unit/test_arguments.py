@@ -18,12 +18,12 @@ from mhc_megatron.cpu import MEGATRON_ARGUMENTS
 from mhc_megatron.megatron_hooks.active import get_config
 
 BASE = [
-    *"--num-layers 2 --hidden-size 64 --num-attention-heads 4 --seq-length 32 --max-position-embeddings 32".split(),
-    *"--micro-batch-size 2 --global-batch-size 2 --train-iters 2 --lr 1e-3 --tokenizer-type NullTokenizer".split(),
-    *"--vocab-size 64 --position-embedding-type rope".split(),
+    *["--num-layers", "2", "--hidden-size", "64", "--num-attention-heads", "4", "--seq-length", "32", "--max-position-embeddings", "32"],
+    *["--micro-batch-size", "2", "--global-batch-size", "2", "--train-iters", "2", "--lr", "1e-3", "--tokenizer-type", "NullTokenizer"],
+    *["--vocab-size", "64", "--position-embedding-type", "rope"],
     *MEGATRON_ARGUMENTS,
 ]
-MOE = "--num-experts 4 --moe-router-topk 2".split()
+MOE = ["--num-experts", "4", "--moe-router-topk", "2"]
 
 
 @pytest.fixture
@@ -84,7 +84,10 @@ def test_help_has_one_heading(validate: Any, capsys: pytest.CaptureFixture) -> N
     ("arguments", "message"),
     [
         ("--fp32-residual-connection", r"--fp32-residual-connection .*remove it"),
-        ("--recompute-granularity selective --recompute-modules layernorm", r"--recompute-modules .*take 'layernorm' out"),
+        (
+            "--recompute-granularity selective --recompute-modules layernorm",
+            r"--recompute-modules .*take 'layernorm' out",
+        ),
         ("--mhc-num-streams 0", r"--mhc-num-streams must be an integer >= 1, got 0"),
         ("--mhc-sinkhorn-iterations 0", r"--mhc-sinkhorn-iterations must be an integer >= 1, got 0"),
         ("--mhc-eps 0", r"--mhc-eps must be > 0"),
@@ -129,7 +132,7 @@ def test_setting_without_enable_is_not_ignored(validate: Any) -> None:
 
 def test_layernorm_recompute_is_fine_where_megatron_ignores_it(validate: Any) -> None:
     """recompute_modules counts only with selective recompute."""
-    full = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1".split()
+    full = ["--recompute-granularity", "full", "--recompute-method", "uniform", "--recompute-num-layers", "1"]
     assert config_from_args(validate("--enable-mhc", *MOE, *full)) == MHCConfig()
 
 
@@ -152,7 +155,9 @@ class TestCheckpointSettings:
     )
     def test_other_settings(self, flag: str, value: str) -> None:
         theirs, ours = self.args("--enable-mhc", flag, value), self.args("--enable-mhc")
-        with pytest.raises(ValueError, match=rf"/ckpt was made with {flag} {value}, this run has .*use the checkpoint's"):
+        with pytest.raises(
+            ValueError, match=rf"/ckpt was made with {flag} {value}, this run has .*use the checkpoint's"
+        ):
             is_warm_start(theirs, ours, "/ckpt", fresh_optimizer=True)
 
     def test_same_settings_and_what_does_not_matter(self) -> None:

@@ -60,7 +60,9 @@ def test_communicator_is_megatrons_for_other_models(hooks: None) -> None:
 
 
 def test_import_is_light() -> None:
-    code = "import sys, mhc_megatron; mhc_megatron.MHCConfig(); print('torch' in sys.modules, 'megatron' in sys.modules)"
+    code = (
+        "import sys, mhc_megatron; mhc_megatron.MHCConfig(); print('torch' in sys.modules, 'megatron' in sys.modules)"
+    )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert out.split() == ["False", "False"]
 

@@ -8,8 +8,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from mhc_kernels import aggregate, head, mappings, mix, reference, sinkhorn
 from torch import Tensor
+
+from mhc_kernels import aggregate, head, mappings, mix, reference, sinkhorn
 
 F64 = torch.float64
 
@@ -254,7 +255,7 @@ class TestGradients:
     """gradcheck in float64: every operation, every input."""
 
     @staticmethod
-    def check(function, *inputs: Tensor) -> None:  # noqa: ANN001
+    def check(function, *inputs: Tensor) -> None:
         assert torch.autograd.gradcheck(function, tuple(t.clone().requires_grad_() for t in inputs))
 
     @pytest.mark.parametrize("n", [1, 2, 4])
