@@ -41,7 +41,7 @@ def config_from_args(args: Any) -> MHCConfig | None:
     Raises:
         ValueError: naming the flag, for a value out of range or an ``--mhc-*`` flag without ``--enable-mhc``.
     """
-    values = {f.name: getattr(args, f"mhc_{f.name}", f.default) for f in dataclasses.fields(MHCConfig)}
+    values: dict[str, Any] = {f.name: getattr(args, f"mhc_{f.name}", f.default) for f in dataclasses.fields(MHCConfig)}
     if not getattr(args, "enable_mhc", False):
         for field in dataclasses.fields(MHCConfig):
             if values[field.name] != field.default:

@@ -127,7 +127,7 @@ def _patch_torch() -> None:
     for name, value in redirected.items():
         setattr(torch.cuda, name, value)
     # Its argument parser rejects a stand-in stream before a TorchFunctionMode sees the call.
-    torch.Tensor.record_stream = ignore  # type: ignore[method-assign, assignment]
+    torch.Tensor.record_stream = ignore  # type: ignore[method-assign]
     CudaToCpu().__enter__()
 
 
@@ -164,17 +164,19 @@ def _patch_megatron() -> None:
             parameter.sequence_parallel = config.sequence_parallel
         return norm
 
-    WrappedTorchNorm.__new__ = staticmethod(new_norm)  # type: ignore[method-assign, assignment]
+    WrappedTorchNorm.__new__ = staticmethod(new_norm)
 
     # Local-spec MLA passes k_channels and v_channels, which the local attention does not take.
     stock_attention_init = DotProductAttention.__init__
 
-    def attention_init(self: Any, config: Any, *args: Any, k_channels: Any = None, v_channels: Any = None, **kw: Any):
+    def attention_init(
+        self: Any, config: Any, *args: Any, k_channels: Any = None, v_channels: Any = None, **kw: Any
+    ) -> None:
         stock_attention_init(self, config, *args, **kw)
         if v_channels is not None:
             self.hidden_size_per_partition = v_channels * self.num_attention_heads_per_partition
 
-    DotProductAttention.__init__ = attention_init  # type: ignore[method-assign]
+    DotProductAttention.__init__ = attention_init
 
     # Its state handling expects Transformer Engine's or apex's Adam; torch's keeps `step` and needs no_grad.
     stock_set = DistributedOptimizer._set_main_param_and_optimizer_states
@@ -199,9 +201,9 @@ def _patch_megatron() -> None:
                 state["step"] = state["step"].clone()
         return result
 
-    DistributedOptimizer.load_state_dict = load_state_dict  # type: ignore[method-assign]
-    DistributedOptimizer._set_main_param_and_optimizer_states = set_main  # type: ignore[method-assign]
-    DistributedOptimizer.sharded_state_dict = sharded_state_dict  # type: ignore[method-assign]
+    DistributedOptimizer.load_state_dict = load_state_dict
+    DistributedOptimizer._set_main_param_and_optimizer_states = set_main
+    DistributedOptimizer.sharded_state_dict = sharded_state_dict
 
 
 def _patch_training() -> None:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
-from typing import Any, TypeVar
+from typing import Any
 
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.spec_utils import ModuleSpec, get_module
@@ -27,8 +27,6 @@ from mhc_megatron.residual.entry_exit import StreamEntry, StreamExit
 from mhc_megatron.residual.input import HyperConnectionInput
 from mhc_megatron.residual.layer import hyper_connection_layer
 
-Spec = TypeVar("Spec", ModuleSpec, TransformerBlockSubmodules)
-
 # Ahead of a layer spec's own map, whose "input_layernorm." entry would catch these keys too.
 _CHECKPOINT_KEYS = {
     "input_layernorm.hyper_connection.": "self_attention_hyper_connection.",
@@ -36,7 +34,7 @@ _CHECKPOINT_KEYS = {
 }
 
 
-def to_mhc_spec(spec: Spec, mhc_config: MHCConfig) -> Spec:
+def to_mhc_spec[Spec: (ModuleSpec, TransformerBlockSubmodules)](spec: Spec, mhc_config: MHCConfig) -> Spec:
     """The same spec with mHC residual connections. The input is not modified.
 
     Args:

@@ -7,8 +7,8 @@ import os
 for _name in ("OMP_NUM_THREADS", "TORCHDYNAMO_DISABLE", "CUDA_DEVICE_MAX_CONNECTIONS"):
     os.environ.setdefault(_name, "1")
 
-import pytest
-import torch
+import pytest  # noqa: E402
+import torch  # noqa: E402
 
 ON_GPU = torch.cuda.is_available()
 

@@ -84,7 +84,7 @@ def _check_checkpoint(args: Any) -> None:
             recorded = dist_checkpointing.load_common_state_dict(path).get("args")
             fresh = load_arg == "pretrained_checkpoint" or args.finetune or args.no_load_optim
             if recorded is not None:
-                is_warm_start(recorded, args, folder, fresh_optimizer=fresh)
+                is_warm_start(recorded, args, str(folder), fresh_optimizer=fresh)
         return  # Megatron loads the second only if the first is empty
 
 

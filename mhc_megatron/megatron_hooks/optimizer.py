@@ -1,12 +1,14 @@
-"""Optimizer settings of mHC's parameters: no weight decay on phi (unless ``--mhc-weight-decay``), groups of their own.
+"""Optimizer settings of mHC's parameters, and the distributed optimizer made fit for float32 parameters in a bf16 model.
 
 Rebinds: ``get_standard_config_overrides`` in megatron.core.optimizer and, by the name it was imported under, in
-megatron.training.training.
+megatron.training.training: no weight decay on phi (unless ``--mhc-weight-decay``), and parameter groups of their own for
+mHC's parameters. ``DistributedOptimizer._set_main_param_and_optimizer_states``: runs without autograd.
 Why a spec can't: Megatron exempts 1-D parameters and biases from decay; phi is a matrix. And the distributed optimizer of
-0.19.2 mixes up the states of a parameter group that holds bf16 and float32 parameters (it numbers them in buffer order and
-stores float32 ones first: saving asserts, or swaps states of equal size), so float32 ones need groups of their own.
+0.19.2 (1) mixes up the states of a group that holds bf16 and float32 parameters (it numbers them in buffer order and
+stores float32 ones first: saving asserts, or swaps states of equal size), (2) can't load the state of a float32
+parameter, whose shard is a view of a leaf that requires grad.
 Tested on: megatron-core 0.19.2.
-Retired by: a parameter attribute for weight decay, and a fix of the numbering, upstream.
+Retired by: a parameter attribute for weight decay, and fixes of (1) and (2), upstream.
 """
 
 from __future__ import annotations
@@ -34,8 +36,19 @@ def _get_standard_config_overrides(original: Callable[..., Any]) -> Callable[...
     return get_standard_config_overrides
 
 
+def _without_autograd(original: Callable[..., Any]) -> Callable[..., Any]:
+    import torch
+
+    return torch.no_grad()(original)
+
+
 CORE_REBINDINGS = [
-    Rebinding("megatron.core.optimizer", "get_standard_config_overrides", _get_standard_config_overrides)
+    Rebinding("megatron.core.optimizer", "get_standard_config_overrides", _get_standard_config_overrides),
+    Rebinding(
+        "megatron.core.optimizer.distrib_optimizer",
+        "DistributedOptimizer._set_main_param_and_optimizer_states",
+        _without_autograd,
+    ),
 ]
 TRAINING_REBINDINGS = [
     Rebinding("megatron.training.training", "get_standard_config_overrides", _get_standard_config_overrides)

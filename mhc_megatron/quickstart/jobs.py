@@ -18,9 +18,19 @@ from mhc_megatron.quickstart.data import VOCABULARY, Text
 TRAIN_SCRIPT = Path(__file__).with_name("train.py")
 SAMPLE_SCRIPT = Path(__file__).with_name("sample.py")
 
-MODEL = ["--num-layers", "4", "--hidden-size", "128", "--num-attention-heads", "4", "--seq-length", "128", "--max-position-embeddings", "128", "--position-embedding-type", "rope", "--normalization", "RMSNorm", "--swiglu", "--disable-bias-linear", "--untie-embeddings-and-output-weights", "--hidden-dropout", "0", "--attention-dropout", "0", "--num-experts", "4", "--moe-router-topk", "2", "--moe-ffn-hidden-size", "128", "--moe-shared-expert-intermediate-size", "128", "--moe-layer-freq", "[0]+[1]*3", "--moe-token-dispatcher-type", "alltoall", "--moe-aux-loss-coeff", "1e-2"]
+MODEL = """
+--num-layers 4 --hidden-size 128 --num-attention-heads 4 --seq-length 128 --max-position-embeddings 128
+--position-embedding-type rope --normalization RMSNorm --swiglu --disable-bias-linear
+--untie-embeddings-and-output-weights --hidden-dropout 0 --attention-dropout 0
+--num-experts 4 --moe-router-topk 2 --moe-ffn-hidden-size 128 --moe-shared-expert-intermediate-size 128
+--moe-layer-freq [0]+[1]*3 --moe-token-dispatcher-type alltoall --moe-aux-loss-coeff 1e-2
+""".split()
 
-OPTIMIZATION = ["--micro-batch-size", "8", "--global-batch-size", "8", "--lr", "3e-3", "--min-lr", "3e-4", "--lr-decay-style", "cosine", "--lr-warmup-iters", "20", "--weight-decay", "0.1", "--clip-grad", "1.0", "--seed", "1234", "--use-distributed-optimizer", "--log-interval", "1", "--eval-interval", "50", "--eval-iters", "8", "--num-workers", "0", "--ckpt-format", "torch_dist"]
+OPTIMIZATION = """
+--micro-batch-size 8 --global-batch-size 8 --lr 3e-3 --min-lr 3e-4 --lr-decay-style cosine --lr-warmup-iters 20
+--weight-decay 0.1 --clip-grad 1.0 --seed 1234 --use-distributed-optimizer
+--log-interval 1 --eval-interval 50 --eval-iters 8 --num-workers 0 --ckpt-format torch_dist
+""".split()
 
 GPU_ARGUMENTS = ["--bf16", "--no-gradient-accumulation-fusion", "--no-persist-layer-norm", "--no-rope-fusion"]
 

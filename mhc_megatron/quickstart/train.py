@@ -36,7 +36,7 @@ def next_batch(data_iterator: Iterator[Batch], vp_stage: int | None) -> Batch | 
     return {name: tensor.cuda(non_blocking=True) for name, tensor in next(data_iterator).items()}
 
 
-def loss_function(loss_mask: torch.Tensor, output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
+def loss_function(loss_mask: Any, output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
     """Summed loss, number of tokens, and what Megatron reports, summed over data-parallel ranks."""
     loss = torch.sum(output.view(-1).float() * loss_mask.view(-1))
     tokens = loss_mask.sum().detach().to(torch.int)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.functional import dropout
 
 from mhc_kernels import mix
 from mhc_megatron.config import MHCConfig
@@ -25,7 +25,7 @@ def hyper_connection_add(mhc_config: MHCConfig) -> Callable[[bool, bool], BiasDr
         def add(output_with_bias: tuple[Tensor, Tensor | None], residual: Residual, prob: float) -> Tensor:
             y, bias = output_with_bias
             if training and prob > 0:
-                y = F.dropout(y if bias is None else y + bias, p=prob, training=True)
+                y = dropout(y if bias is None else y + bias, p=prob, training=True)
                 bias = None
             streams = mix(residual.x, residual.res, residual.post, y, bias, backend=mhc_config.backend)
             return streams.flatten(-2)

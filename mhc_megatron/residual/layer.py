@@ -26,7 +26,7 @@ class HyperConnectionLayer:
 
     def __init__(self, config: Any, *args: Any, mhc_config: MHCConfig, contract_after_last: bool, **kwargs: Any):
         check_conflicts(config)
-        super().__init__(config, *args, **kwargs)
+        super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         self.mhc_config = mhc_config
         layer: Any = self
         for norm in (layer.input_layernorm, layer.pre_mlp_layernorm):

@@ -11,7 +11,7 @@ from megatron.core.transformer.utils import sharded_state_dict_default
 from megatron.core.utils import get_tensor_model_parallel_group_if_none
 from torch import nn
 
-NormBuilder = Callable[..., nn.Module] | ModuleSpec
+NormBuilder = Any  # Callable[..., nn.Module], or a ModuleSpec
 
 
 class NormWrapper(nn.Module):
@@ -50,7 +50,7 @@ def _call(builder: Callable[..., nn.Module], **kwargs: Any) -> nn.Module:
 
 
 def _accept_stock_keys(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
-    for name in module.norm.state_dict():  # type: ignore[union-attr, operator]
+    for name in module.norm.state_dict():  # type: ignore[union-attr]
         stock, ours = prefix + name, f"{prefix}norm.{name}"
         if stock in state_dict and ours not in state_dict:
             state_dict[ours] = state_dict.pop(stock)

@@ -15,13 +15,22 @@ from mhc_megatron.cpu import MEGATRON_ARGUMENTS
 from mhc_megatron.quickstart import data
 from mhc_megatron.quickstart.jobs import TRAIN_SCRIPT, Job
 
-MODEL = ["--num-layers", "4", "--hidden-size", "32", "--num-attention-heads", "4", "--seq-length", "32", "--max-position-embeddings", "32", "--position-embedding-type", "rope", "--normalization", "RMSNorm", "--swiglu", "--disable-bias-linear", "--untie-embeddings-and-output-weights", "--hidden-dropout", "0", "--attention-dropout", "0", "--num-experts", "4", "--moe-router-topk", "2", "--moe-ffn-hidden-size", "32", "--moe-layer-freq", "[0]+[1]*3", "--moe-aux-loss-coeff", "0", "--moe-token-dispatcher-type", "alltoall", "--micro-batch-size", "2", "--global-batch-size", "8", "--lr", "1e-2", "--lr-decay-style", "constant", "--clip-grad", "1.0", "--log-interval", "1", "--eval-interval", "1000", "--eval-iters", "2", "--num-workers", "0", "--ckpt-format", "torch_dist", "--tokenizer-type", "NullTokenizer", "--vocab-size", "264", "--make-vocab-size-divisible-by", "1", "--split", "90,10,0", "--use-distributed-optimizer"]
+MODEL = """
+--num-layers 4 --hidden-size 32 --num-attention-heads 4 --seq-length 32 --max-position-embeddings 32
+--position-embedding-type rope --normalization RMSNorm --swiglu --disable-bias-linear
+--untie-embeddings-and-output-weights --hidden-dropout 0 --attention-dropout 0
+--num-experts 4 --moe-router-topk 2 --moe-ffn-hidden-size 32 --moe-layer-freq [0]+[1]*3 --moe-aux-loss-coeff 0
+--moe-token-dispatcher-type alltoall --micro-batch-size 2 --global-batch-size 8 --lr 1e-2 --lr-decay-style constant
+--clip-grad 1.0 --log-interval 1 --eval-interval 1000 --eval-iters 2 --num-workers 0 --ckpt-format torch_dist
+--tokenizer-type NullTokenizer --vocab-size 264 --make-vocab-size-divisible-by 1 --split 90,10,0
+--use-distributed-optimizer
+""".split()
 RESHARDABLE = ["--dist-ckpt-optim-fully-reshardable"]
 ITERATIONS = 8
 
-PP2_VPP2 = ["--pipeline-model-parallel-size", "2", "--num-layers-per-virtual-pipeline-stage", "1"]
-EP2 = ["--expert-model-parallel-size", "2"]
-TP2_SP = ["--tensor-model-parallel-size", "2", "--sequence-parallel"]
+PP2_VPP2 = "--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1".split()
+EP2 = "--expert-model-parallel-size 2".split()
+TP2_SP = "--tensor-model-parallel-size 2 --sequence-parallel".split()
 
 # Losses of the same float32 run under another layout, over ITERATIONS steps: rounding grows as the runs go on.
 ACROSS_LAYOUTS = 1e-4

@@ -18,12 +18,12 @@ from mhc_megatron.cpu import MEGATRON_ARGUMENTS
 from mhc_megatron.megatron_hooks.active import get_config
 
 BASE = [
-    *["--num-layers", "2", "--hidden-size", "64", "--num-attention-heads", "4", "--seq-length", "32", "--max-position-embeddings", "32"],
-    *["--micro-batch-size", "2", "--global-batch-size", "2", "--train-iters", "2", "--lr", "1e-3", "--tokenizer-type", "NullTokenizer"],
-    *["--vocab-size", "64", "--position-embedding-type", "rope"],
+    *"--num-layers 2 --hidden-size 64 --num-attention-heads 4 --seq-length 32 --max-position-embeddings 32".split(),
+    *"--micro-batch-size 2 --global-batch-size 2 --train-iters 2 --lr 1e-3 --tokenizer-type NullTokenizer".split(),
+    *"--vocab-size 64 --position-embedding-type rope".split(),
     *MEGATRON_ARGUMENTS,
 ]
-MOE = ["--num-experts", "4", "--moe-router-topk", "2"]
+MOE = "--num-experts 4 --moe-router-topk 2".split()
 
 
 @pytest.fixture
@@ -132,7 +132,7 @@ def test_setting_without_enable_is_not_ignored(validate: Any) -> None:
 
 def test_layernorm_recompute_is_fine_where_megatron_ignores_it(validate: Any) -> None:
     """recompute_modules counts only with selective recompute."""
-    full = ["--recompute-granularity", "full", "--recompute-method", "uniform", "--recompute-num-layers", "1"]
+    full = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1".split()
     assert config_from_args(validate("--enable-mhc", *MOE, *full)) == MHCConfig()
 
 
