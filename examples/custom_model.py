@@ -4,6 +4,7 @@ python examples/custom_model.py
 """
 
 import os
+from pathlib import Path
 
 import torch
 
@@ -50,7 +51,7 @@ def main() -> None:
     spec = to_mhc_spec(spec, MHCConfig(num_streams=4))  # the one line
     model = GPTModel(config, spec, VOCABULARY, LENGTH, position_embedding_type="rope").cuda()
 
-    text = torch.tensor(list(open(os.__file__, "rb").read()))
+    text = torch.tensor(list(Path(os.__file__).read_bytes()))
     positions = torch.arange(LENGTH, device="cuda").expand(8, -1)
     mask = torch.ones(LENGTH, LENGTH, dtype=torch.bool, device="cuda").triu(1)[None, None]
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)

@@ -16,7 +16,7 @@ from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegat
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.core.enums import ModelType
 from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
-from megatron.core.utils import get_attr_wrapped_model
+from megatron.core.utils import get_attr_wrapped_model, get_batch_on_this_cp_rank
 from megatron.training import get_args, pretrain
 from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
 from megatron.training.arguments import parse_and_validate_args
@@ -33,7 +33,9 @@ def next_batch(data_iterator: Iterator[Batch], vp_stage: int | None) -> Batch | 
     )
     if not any(ends):
         return None
-    return {name: tensor.cuda(non_blocking=True) for name, tensor in next(data_iterator).items()}
+    batch = {name: tensor.cuda(non_blocking=True) for name, tensor in next(data_iterator).items()}
+    cp_group = parallel_state.get_context_parallel_group()
+    return get_batch_on_this_cp_rank(batch, is_hybrid_cp=False, cp_group=cp_group)
 
 
 def loss_function(loss_mask: Any, output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
@@ -53,8 +55,10 @@ def forward_step(data_iterator: Iterator[Batch], model: torch.nn.Module) -> Any:
     return output, functools.partial(loss_function, batch["loss_mask"])
 
 
-def causal_mask() -> torch.Tensor:
-    """[1, 1, s, s], True where attention is NOT allowed (Megatron's convention)."""
+def causal_mask() -> torch.Tensor | None:
+    """[1, 1, s, s], True where attention is NOT allowed; None for Transformer Engine, whose attention is causal by itself."""
+    if get_args().transformer_impl == "transformer_engine":
+        return None
     length = get_args().seq_length
     return torch.ones(length, length, dtype=torch.bool, device="cuda").triu(1)[None, None]
 

@@ -50,7 +50,7 @@ def arguments(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     # One start for all layouts: Megatron's own initialisation depends on the layout. 264 tokens: no padding under TP.
     start = folder / "start"
     shared += ["--vocab-size=264", "--make-vocab-size-divisible-by=1", "--global-batch-size=32"]
-    train([*shared, "--enable-mhc", f"--save={start}", "--train-iters=1"], 1)
+    train([*shared, "--enable-mhc", f"--save={start}", "--save-interval=1", "--train-iters=1"], 1)
     return [*shared, "--enable-mhc", f"--load={start}", "--finetune"]
 
 
