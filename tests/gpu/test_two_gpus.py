@@ -49,7 +49,7 @@ def arguments(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     shared = megatron_arguments(data.prepare(folder), ITERATIONS, gpu=True)
     # One start for all layouts: Megatron's own initialisation depends on the layout. 264 tokens: no padding under TP.
     start = folder / "start"
-    shared += ["--vocab-size=264", "--make-vocab-size-divisible-by=1", "--global-batch-size=32"]
+    shared += ["--vocab-size=264", "--make-vocab-size-divisible-by=1", "--global-batch-size=32", "--lr-warmup-iters=0"]
     train([*shared, "--enable-mhc", f"--save={start}", "--save-interval=1", "--train-iters=1"], 1)
     return [*shared, "--enable-mhc", f"--load={start}", "--finetune"]
 
