@@ -11,7 +11,7 @@ def enable() -> None:
     """Install the hooks. Call it once, before the training script imports from Megatron; calling it again does nothing.
 
     Nothing changes until ``--enable-mhc`` is on the command line or a model is built from a `to_mhc_spec` spec. The latter needs
-    this call for pipeline parallelism, for the optimizer (weight decay; bf16 with the distributed optimizer).
+    this call for pipeline parallelism and for the optimizer (weight decay; bf16 with the distributed optimizer).
 
     Raises:
         RuntimeError: if the installed Megatron lacks a name that a hook needs.
