@@ -15,9 +15,7 @@ What is redirected, and nothing else:
 * Five places in megatron-core that assume CUDA, Transformer Engine or apex: see `_patch_megatron`.
 * For ``megatron.training.pretrain``: `_patch_training`.
 
-Arguments Megatron needs then: ``--transformer-impl local --distributed-backend gloo --no-gradient-accumulation-fusion
---no-persist-layer-norm --no-rope-fusion --no-masked-softmax-fusion --no-bias-dropout-fusion``
-(`MEGATRON_ARGUMENTS`).
+Megatron needs the arguments `MEGATRON_ARGUMENTS` then: local modules, gloo, no fused kernels.
 """
 
 from __future__ import annotations

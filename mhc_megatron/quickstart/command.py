@@ -44,8 +44,8 @@ def add_parser(commands: Any) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Run it; returns the exit status."""
-    if options.iterations < 20:
-        print(f"quickstart: --iterations must be >= 20, got {options.iterations}", file=sys.stderr)
+    if options.iterations < 30:
+        print(f"quickstart: --iterations must be >= 30, got {options.iterations}", file=sys.stderr)
         return 2
     # Megatron warns of every optional package it does without; the jobs' logs keep what matters.
     warnings.simplefilter("ignore")

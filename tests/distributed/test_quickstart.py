@@ -42,4 +42,4 @@ def test_foreign_folder_is_left_alone(tmp_path: Path) -> None:
 def test_too_short() -> None:
     done = quickstart("--iterations", "5")
     assert done.returncode == 2
-    assert "--iterations must be >= 20, got 5" in done.stderr
+    assert "--iterations must be >= 30, got 5" in done.stderr
