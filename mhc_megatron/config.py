@@ -52,7 +52,7 @@ class MHCConfig:
         False, "apply weight decay to phi, as Megatron does to other matrices (default: no decay on mHC parameters)"
     )
     backend: str = _option(
-        "auto", "auto or reference: plain PyTorch (this release has no Triton kernels yet)", BACKENDS
+        "auto", "auto: Triton kernels on a CUDA GPU, else the reference; triton; reference: plain PyTorch", BACKENDS
     )
 
     def __post_init__(self) -> None:
@@ -71,10 +71,6 @@ class MHCConfig:
             raise ValueError("MHCConfig.init_alpha must not be 0: phi would get no gradient")
         if self.mode == "hc" and self.profile != "paper":
             raise ValueError(f"MHCConfig.profile {self.profile!r} has no mode 'hc'; use profile 'paper'")
-        if self.backend == "triton":
-            raise ValueError(
-                "MHCConfig.backend 'triton': this release has no Triton kernels yet; use 'auto' or 'reference'"
-            )
 
     @property
     def learned_exit(self) -> bool:

@@ -1,34 +1,43 @@
-"""The public operations: check the backend, run it.
+"""The public operations: check the arguments, choose the backend, run it.
 
-One backend exists today, the reference; ``auto`` is the name to use, so that fused kernels are picked up when they come.
+Every one takes ``backend="auto" | "triton" | "reference"`` (`mhc_kernels.backend`). The Triton kernels compute mappings
+in float32, keep streams in their own dtype and want contiguous tensors; results have the same bits from run to run on
+the same shapes.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import Tensor
 
 from mhc_kernels import reference
+from mhc_kernels.backend import check_contiguous, resolve_backend
 
-BACKENDS = ("auto", "triton", "reference")
+
+def _use_triton(backend: str, x: Tensor) -> bool:
+    return resolve_backend(backend, x.shape[-2], x.shape[-1], x.dtype, x.device) == "triton"
 
 
-def resolve_backend(backend: str) -> str:
-    """The backend that ``backend`` stands for in this release: ``reference``.
+def _functions() -> Any:
+    from mhc_kernels.fused import functions  # not before it is needed: it imports triton
 
-    Raises:
-        ValueError: for an unknown name, and for ``triton``, which this release does not have.
-    """
-    if backend not in BACKENDS:
-        raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r}")
-    if backend == "triton":
-        raise ValueError("backend 'triton': this release has no Triton kernels yet; use 'auto' or 'reference'")
-    return "reference"
+    return functions
 
 
 def sinkhorn(logits: Tensor, iterations: int = 20, *, backend: str = "auto") -> Tensor:
-    """See `mhc_kernels.reference.sinkhorn`."""
-    resolve_backend(backend)
-    return reference.sinkhorn(logits, iterations)
+    """Project ``exp(logits)`` towards the doubly stochastic matrices. See `mhc_kernels.reference.sinkhorn`."""
+    reference.check_sinkhorn(logits, iterations)
+    # C has no meaning here; 16 is one that the kernels take.
+    if resolve_backend(backend, logits.shape[-1], 16, logits.dtype, logits.device) == "reference":
+        return reference.sinkhorn(logits, iterations)
+    check_contiguous(logits=logits)
+    return _functions().Sinkhorn.apply(logits, iterations, 0.0)
+
+
+def _settings(iterations: int, eps: float, profile: str, mode: str) -> Any:
+    return _functions().Settings(iterations, eps, eps if profile == "deepseek-v4" else 0.0, mode == "hc")
 
 
 def mappings(
@@ -43,26 +52,156 @@ def mappings(
     mode: str = "mhc",
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """See `mhc_kernels.reference.mappings`."""
-    resolve_backend(backend)
-    return reference.mappings(x, phi, alpha, bias, iterations=iterations, eps=eps, profile=profile, mode=mode)
+    """The three mappings of a sublayer from its streams. See `mhc_kernels.reference.mappings`."""
+    reference.check_mappings(x, phi, alpha, bias, iterations, profile, mode)
+    if not _use_triton(backend, x):
+        return reference.mappings(x, phi, alpha, bias, iterations=iterations, eps=eps, profile=profile, mode=mode)
+    check_contiguous(x=x, phi=phi)
+    settings = _settings(iterations, eps, profile, mode)
+    return _functions().Mappings.apply(x.flatten(-2), phi.float(), alpha.float(), bias.float(), settings)
 
 
 def aggregate(x: Tensor, pre: Tensor, *, backend: str = "auto") -> Tensor:
-    """See `mhc_kernels.reference.aggregate`."""
-    resolve_backend(backend)
-    return reference.aggregate(x, pre)
+    """``u = H_pre @ x``. See `mhc_kernels.reference.aggregate`."""
+    reference.check_streams("pre", pre, x.shape[:-1])
+    if not _use_triton(backend, x):
+        return reference.aggregate(x, pre)
+    check_contiguous(x=x, pre=pre)
+    return _functions().Aggregate.apply(x.flatten(-2), pre.float())
+
+
+def _unflatten(x: Tensor, n: int, flat: bool) -> Tensor:
+    """x as [..., n, C]."""
+    if not flat:
+        return x
+    if x.shape[-1] % n:
+        raise ValueError(f"x must be [..., n*C] with n = {n} streams, got {list(x.shape)}")
+    return x.unflatten(-1, (n, x.shape[-1] // n))
+
+
+def _same_form(streams: Tensor, x: Tensor) -> Tensor:
+    return streams if streams.shape == x.shape else streams.view_as(x)
 
 
 def mix(
-    x: Tensor, res: Tensor, post: Tensor, y: Tensor, bias: Tensor | None = None, *, backend: str = "auto"
+    x: Tensor,
+    res: Tensor,
+    post: Tensor,
+    y: Tensor,
+    bias: Tensor | None = None,
+    *,
+    dropout_p: float = 0.0,
+    flat: bool = False,
+    backend: str = "auto",
 ) -> Tensor:
-    """See `mhc_kernels.reference.mix`."""
-    resolve_backend(backend)
-    return reference.mix(x, res, post, y, bias)
+    """``x' = H_res @ x + outer(H_post, dropout(y + bias))``. See `mhc_kernels.reference.mix`.
+
+    flat: x and x' are ``[..., n*C]``, as Megatron carries them between layers.
+    """
+    streams = _unflatten(x, post.shape[-1], flat)
+    reference.check_mix(streams, res, post, y, bias, dropout_p)
+    if not _use_triton(backend, streams):
+        return _same_form(reference.mix(streams, res, post, y, bias, dropout_p=dropout_p), x)
+    check_contiguous(x=x, res=res, post=post, y=y, bias=bias)
+    seed = _functions().new_seed(x.device) if dropout_p > 0 else None
+    out = _functions().Mix.apply(
+        streams.flatten(-2), res.float(), post.float(), y, _cast(bias, y), seed, float(dropout_p)
+    )
+    return _same_form(out, x)
+
+
+def _cast(bias: Tensor | None, y: Tensor) -> Tensor | None:
+    return None if bias is None else bias.to(y.dtype)
+
+
+def connect(
+    x: Tensor,
+    phi: Tensor,
+    alpha: Tensor,
+    bias: Tensor,
+    *,
+    iterations: int = 20,
+    eps: float = 1e-6,
+    profile: str = "paper",
+    mode: str = "mhc",
+    accumulate: bool = False,
+    flat: bool = False,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Mappings and aggregation of the first sublayer of a chain: ``(x, u, post, res)``.
+
+    Equal to `mappings` and `aggregate`. Use the x that it returns, not the one passed in, for what follows: then both
+    gradients of x meet in one kernel instead of in an addition over n*C values.
+
+    Args:
+        accumulate: add the gradients of phi, alpha and bias to their ``main_grad`` (float32, where they have one) and set
+            ``grad_added_to_main_grad``, as Megatron's gradient accumulation fusion does. Triton only.
+        flat: x is ``[..., n*C]``, and so is what comes back.
+        The others: as in `mappings`.
+
+    Returns:
+        x ``[..., n, C]``, u ``[..., C]`` in x's dtype, post ``[..., n]`` and res ``[..., n, n]``, float32.
+    """
+    streams = _unflatten(x, reference.streams_of(bias), flat)
+    reference.check_mappings(streams, phi, alpha, bias, iterations, profile, mode)
+    if not _use_triton(backend, streams):
+        pre, post, res = reference.mappings(
+            streams, phi, alpha, bias, iterations=iterations, eps=eps, profile=profile, mode=mode
+        )
+        return x, reference.aggregate(streams, pre), post, res
+    check_contiguous(x=x, phi=phi)
+    settings = _settings(iterations, eps, profile, mode)
+    out, u, post, res = _functions().Connect.apply(streams.flatten(-2), phi, alpha, bias, settings, accumulate)
+    return _same_form(out, x), u, post, res
+
+
+def boundary(
+    x: Tensor,
+    res: Tensor,
+    post: Tensor,
+    y: Tensor,
+    bias: Tensor | None,
+    next_phi: Tensor,
+    next_alpha: Tensor,
+    next_bias: Tensor,
+    *,
+    dropout_p: float = 0.0,
+    iterations: int = 20,
+    eps: float = 1e-6,
+    profile: str = "paper",
+    mode: str = "mhc",
+    accumulate: bool = False,
+    flat: bool = False,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What happens between two sublayers, in one step: `mix` of the first, `connect` of the second.
+
+    Args:
+        x, res, post, y, bias, dropout_p: as in `mix`.
+        next_phi, next_alpha, next_bias, iterations, eps, profile, mode, accumulate: as in `connect`.
+        flat: x and x' are ``[..., n*C]``.
+
+    Returns:
+        ``(x' [..., n, C], u [..., C], post [..., n], res [..., n, n])``: u is what the second sublayer reads, from x'.
+    """
+    streams = _unflatten(x, post.shape[-1], flat)
+    reference.check_mix(streams, res, post, y, bias, dropout_p)
+    reference.check_mappings(streams, next_phi, next_alpha, next_bias, iterations, profile, mode)
+    if not _use_triton(backend, streams):
+        out = _same_form(reference.mix(streams, res, post, y, bias, dropout_p=dropout_p), x)
+        kwargs: dict[str, Any] = {"iterations": iterations, "eps": eps, "profile": profile, "mode": mode}
+        return connect(out, next_phi, next_alpha, next_bias, **kwargs, flat=flat, backend="reference")
+    check_contiguous(x=x, res=res, post=post, y=y, bias=bias, next_phi=next_phi)
+    seed = _functions().new_seed(x.device) if dropout_p > 0 else None
+    settings = _settings(iterations, eps, profile, mode)
+    out, u, post, res = _functions().Boundary.apply(
+        streams.flatten(-2), res.float(), post.float(), y, _cast(bias, y), seed, float(dropout_p),
+        next_phi, next_alpha, next_bias, settings, accumulate,
+    )  # fmt: skip
+    return _same_form(out, x), u, post, res
 
 
 def head(x: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, *, eps: float = 1e-6, backend: str = "auto") -> Tensor:
-    """See `mhc_kernels.reference.head`."""
-    resolve_backend(backend)
+    """See `mhc_kernels.reference.head`, which runs on every device: a model has one, at its end."""
+    resolve_backend(backend, x.shape[-2], x.shape[-1], torch.float32, x.device)
     return reference.head(x, phi, alpha, bias, eps=eps)

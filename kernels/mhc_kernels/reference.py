@@ -15,6 +15,8 @@ bf16 mappings leave the manifold (row sums wrong by 3e-3).
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -51,8 +53,7 @@ def sinkhorn(logits: Tensor, iterations: int = 20) -> Tensor:
     Raises:
         ValueError: if iterations < 1 or logits are not square.
     """
-    _check_square(logits)
-    _check_iterations(iterations)
+    check_sinkhorn(logits, iterations)
     log_m = _tokens_last(logits.double())
     for _ in range(iterations):
         log_m = torch.log_softmax(torch.log_softmax(log_m, dim=0), dim=1)
@@ -73,8 +74,7 @@ def sinkhorn_deepseek_v4(logits: Tensor, iterations: int = 20, eps: float = 1e-6
     Returns:
         ``[..., n, n]``, float32 (float64 for float64 logits). Rows sum to 1 up to about eps.
     """
-    _check_square(logits)
-    _check_iterations(iterations)
+    check_sinkhorn(logits, iterations)
     m = torch.softmax(_tokens_last(logits.to(_mapping_dtype(logits))), dim=0) + eps
     m = m / (m.sum(1, keepdim=True) + eps)
     for _ in range(iterations - 1):
@@ -127,7 +127,7 @@ def mappings(
         ValueError: on shapes that do not fit together, or an unknown profile or mode.
     """
     n = x.shape[-2]
-    _check_mapping_arguments(x, phi, alpha, bias, profile, mode)
+    check_mappings(x, phi, alpha, bias, iterations, profile, mode)
     mix = _projection(x, phi, eps)
     alpha, bias = alpha.to(mix.dtype), bias.to(mix.dtype)
     mix_pre, mix_post, mix_res = mix.split([n, n, n * n], dim=-1)
@@ -168,40 +168,49 @@ def aggregate(x: Tensor, pre: Tensor) -> Tensor:
     Returns:
         ``[..., C]`` in x's dtype, accumulated in the mappings' dtype.
     """
-    _check_streams("pre", pre, x.shape[:-1])
+    check_streams("pre", pre, x.shape[:-1])
     dtype = _mapping_dtype(x, pre)
     return (pre.to(dtype).unsqueeze(-1) * x.to(dtype)).sum(-2).to(x.dtype)
 
 
-def mix(x: Tensor, res: Tensor, post: Tensor, y: Tensor, bias: Tensor | None = None) -> Tensor:
-    """``x' = H_res @ x + outer(H_post, y + bias)``: the streams after the sublayer (Eq. 3).
+def mix(
+    x: Tensor, res: Tensor, post: Tensor, y: Tensor, bias: Tensor | None = None, *, dropout_p: float = 0.0
+) -> Tensor:
+    """``x' = H_res @ x + outer(H_post, dropout(y + bias))``: the streams after the sublayer (Eq. 3).
 
     Args:
         x: ``[..., n, C]``, any float dtype.
         res: ``[..., n, n]``; ``[i, j]`` carries stream j into stream i.
         post: ``[..., n]``.
         y: ``[..., C]``, the sublayer's output.
-        bias: ``[C]`` (or broadcastable to y), added to y first; None for none.
+        bias: ``[C]``, added to y first; None for none.
+        dropout_p: probability of dropout on y + bias, as Megatron's bias-dropout-add has it; 0 for none.
 
     Returns:
         ``[..., n, C]`` in x's dtype, accumulated in the mappings' dtype.
     """
-    n = x.shape[-2]
-    _check_streams("post", post, x.shape[:-1])
-    _check_streams("res", res, (*x.shape[:-1], n))
-    _check_streams("y", y, (*x.shape[:-2], x.shape[-1]))
+    check_mix(x, res, post, y, bias, dropout_p)
     dtype = _mapping_dtype(x, res, post)
     y = y.to(dtype)
     if bias is not None:
         y = y + bias.to(dtype)
+    if dropout_p > 0:
+        y = torch.nn.functional.dropout(y, dropout_p)
     with torch.autocast(x.device.type, enabled=False):
         mixed = torch.matmul(res.to(dtype), x.to(dtype))
     return (mixed + post.to(dtype).unsqueeze(-1) * y.unsqueeze(-2)).to(x.dtype)
 
 
-def _check_square(logits: Tensor) -> None:
+def streams_of(bias: Tensor) -> int:
+    """n of a mapping bias [n*n + 2n]."""
+    return math.isqrt(bias.shape[0] + 1) - 1
+
+
+def check_sinkhorn(logits: Tensor, iterations: int) -> None:
+    """Raises ValueError unless logits are [..., n, n] and iterations >= 1."""
     if logits.dim() < 2 or logits.shape[-1] != logits.shape[-2] or logits.shape[-1] < 1:
         raise ValueError(f"sinkhorn: logits must be [..., n, n] with n >= 1, got {tuple(logits.shape)}")
+    _check_iterations(iterations)
 
 
 def _check_iterations(iterations: int) -> None:
@@ -209,12 +218,29 @@ def _check_iterations(iterations: int) -> None:
         raise ValueError(f"sinkhorn: iterations must be >= 1, got {iterations}")
 
 
-def _check_streams(name: str, tensor: Tensor, expected: tuple[int, ...] | torch.Size) -> None:
+def check_streams(name: str, tensor: Tensor, expected: tuple[int, ...] | torch.Size) -> None:
+    """Raises ValueError unless the tensor has the shape that fits x."""
     if tensor.shape != torch.Size(expected):
         raise ValueError(f"{name} must be {list(expected)} to fit x [..., n, C], got {list(tensor.shape)}")
 
 
-def _check_mapping_arguments(x: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, profile: str, mode: str) -> None:
+def check_mix(x: Tensor, res: Tensor, post: Tensor, y: Tensor, bias: Tensor | None, dropout_p: float) -> None:
+    """Raises ValueError unless the arguments of `mix` fit together."""
+    n, c = x.shape[-2:]
+    check_streams("post", post, x.shape[:-1])
+    check_streams("res", res, (*x.shape[:-1], n))
+    check_streams("y", y, (*x.shape[:-2], c))
+    if bias is not None:
+        check_streams("bias", bias, (c,))
+    if not 0 <= dropout_p < 1:
+        raise ValueError(f"mix: dropout_p must be in [0, 1), got {dropout_p}")
+
+
+def check_mappings(
+    x: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, iterations: int, profile: str, mode: str
+) -> None:
+    """Raises ValueError unless the arguments of `mappings` fit together."""
+    _check_iterations(iterations)
     n, c = x.shape[-2:]
     if profile not in PROFILES:
         raise ValueError(f"mappings: profile must be one of {PROFILES}, got {profile!r}")

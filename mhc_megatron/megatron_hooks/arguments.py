@@ -61,10 +61,9 @@ def _validate_args(original: Callable[..., Any]) -> Callable[..., Any]:
         _check_checkpoint(args)
         set_config(config)
         if config is not None:
-            backend = "reference, there are no fused kernels yet" if config.backend == "auto" else config.backend
             print_rank_0(
                 f"mode {config.mode}, {config.num_streams} streams, {config.sinkhorn_iterations} Sinkhorn iterations, "
-                f"profile {config.profile}, init {config.init}, backend {backend}"
+                f"profile {config.profile}, init {config.init}, backend {config.backend}"
             )
         return result
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from torch import Tensor
-from torch.nn.functional import dropout
 
 from mhc_kernels import mix
 from mhc_megatron.config import MHCConfig
+from mhc_megatron.residual.chain import prepare
 from mhc_megatron.residual.streams import Residual
 
 BiasDropoutAdd = Callable[[tuple[Tensor, Tensor | None], Residual, float], Tensor]
@@ -24,11 +24,13 @@ def hyper_connection_add(mhc_config: MHCConfig) -> Callable[[bool, bool], BiasDr
         # `fused` asks for Megatron's jitted add; there is one implementation here, the backend's.
         def add(output_with_bias: tuple[Tensor, Tensor | None], residual: Residual, prob: float) -> Tensor:
             y, bias = output_with_bias
-            if training and prob > 0:
-                y = dropout(y if bias is None else y + bias, p=prob, training=True)
-                bias = None
-            streams = mix(residual.x, residual.res, residual.post, y, bias, backend=mhc_config.backend)
-            return streams.flatten(-2)
+            y = y.contiguous()
+            p = prob if training else 0.0
+            x, post, res, successor = residual
+            if successor is None:
+                return mix(x, res, post, y, bias, dropout_p=p, flat=True, backend=mhc_config.backend)
+            streams, u, post, res = successor.hyper_connection.boundary(x, res, post, y, bias, p)
+            return prepare(streams, u, post, res, successor)
 
         return add
 

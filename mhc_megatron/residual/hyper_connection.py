@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mhc_kernels import head, mappings
+from mhc_kernels import boundary, connect, head, mappings
 from mhc_megatron.config import MHCConfig
 
 # preserve: H_post = 1 + d_i, d from -SPREAD to SPREAD. Equal ones would keep the streams equal for ever.
@@ -63,6 +63,7 @@ class HyperConnection(Float32Module):
         n = mhc_config.num_streams
         self.mhc_config = mhc_config
         self._init_method = config.init_method
+        self._accumulate = bool(getattr(config, "gradient_accumulation_fusion", False))
         self.phi = _parameter((n * n + 2 * n, n * hidden_size), config)
         self.alpha = _parameter((3,), config)
         self.bias = _parameter((n * n + 2 * n,), config)
@@ -97,19 +98,32 @@ class HyperConnection(Float32Module):
         n = self.mhc_config.num_streams
         return torch.linspace(-POST_SPREAD, POST_SPREAD, n) if n > 1 else torch.zeros(1)
 
+    def _settings(self) -> dict[str, Any]:
+        cfg = self.mhc_config
+        return {
+            "iterations": cfg.sinkhorn_iterations,
+            "eps": cfg.eps,
+            "profile": cfg.profile,
+            "mode": cfg.mode,
+            "backend": cfg.backend,
+        }
+
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Streams ``[..., n, C]`` to ``(H_pre [..., n], H_post [..., n], H_res [..., n, n])``, float32."""
-        cfg = self.mhc_config
-        return mappings(
-            x,
-            self.phi,
-            self.alpha,
-            self.bias,
-            iterations=cfg.sinkhorn_iterations,
-            eps=cfg.eps,
-            profile=cfg.profile,
-            mode=cfg.mode,
-            backend=cfg.backend,
+        return mappings(x, self.phi, self.alpha, self.bias, **self._settings())
+
+    def connect(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """`mhc_kernels.connect` with these parameters: streams ``[..., n*C]`` to (streams, u, post, res)."""
+        own = (self.phi, self.alpha, self.bias)
+        return connect(x, *own, accumulate=self._accumulate, flat=True, **self._settings())
+
+    def boundary(
+        self, x: Tensor, res: Tensor, post: Tensor, y: Tensor, bias: Tensor | None, dropout_p: float
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """`mhc_kernels.boundary` into this sublayer: the previous one's residual and output to (streams, u, post, res)."""
+        own = (self.phi, self.alpha, self.bias)
+        return boundary(
+            x, res, post, y, bias, *own, dropout_p=dropout_p, accumulate=self._accumulate, flat=True, **self._settings()
         )
 
 

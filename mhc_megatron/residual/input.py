@@ -6,11 +6,12 @@ from typing import Any
 
 from torch import Tensor
 
-from mhc_kernels import aggregate
 from mhc_megatron.config import MHCConfig
+from mhc_megatron.residual.backend import check_backend
+from mhc_megatron.residual.chain import take
 from mhc_megatron.residual.hyper_connection import HyperConnection
 from mhc_megatron.residual.norm_wrapper import NormBuilder, NormWrapper
-from mhc_megatron.residual.streams import Residual, mark_pipeline_width, unflatten
+from mhc_megatron.residual.streams import Residual, mark_pipeline_width
 
 
 class HyperConnectionInput(NormWrapper):
@@ -30,8 +31,9 @@ class HyperConnectionInput(NormWrapper):
         super().__init__(norm_builder, config, hidden_size, eps)
         self.num_streams = mhc_config.num_streams
         self.hidden_size = hidden_size
-        self.backend = mhc_config.backend
         self.hyper_connection = HyperConnection(config, mhc_config, hidden_size)
+        self._successor: tuple[HyperConnectionInput, ...] = ()  # in a tuple: it is not a submodule
+        check_backend(mhc_config, config, hidden_size)
         mark_pipeline_width(config, mhc_config.num_streams)
 
     def forward(self, hidden: Tensor) -> tuple[Tensor, Residual]:
@@ -40,6 +42,13 @@ class HyperConnectionInput(NormWrapper):
                 f"mHC: expected streams {self.num_streams} * {self.hidden_size} wide, got {hidden.shape[-1]}. "
                 "With pipeline parallelism, call mhc_megatron.enable() before training starts."
             )
-        x = unflatten(hidden, self.num_streams)
-        pre, post, res = self.hyper_connection(x)
-        return self.norm(aggregate(x, pre, backend=self.backend)), Residual(x, post, res)
+        prepared = take(hidden, self)
+        if prepared is None:
+            hidden, u, post, res = self.hyper_connection.connect(hidden)
+        else:
+            u, post, res = prepared.u, prepared.post, prepared.res
+        return self.norm(u), Residual(hidden, post, res, *self._successor)
+
+    def set_successor(self, reader: HyperConnectionInput) -> None:
+        """Tell it which mHC input reads the streams after this sublayer."""
+        self._successor = (reader,)

@@ -10,7 +10,9 @@ from torch import Tensor
 
 from mhc_megatron.config import MHCConfig
 from mhc_megatron.conflicts import check_conflicts
+from mhc_megatron.residual.chain import CHAIN
 from mhc_megatron.residual.entry_exit import contract
+from mhc_megatron.residual.input import HyperConnectionInput
 from mhc_megatron.residual.norm_wrapper import NormWrapper
 from mhc_megatron.residual.streams import expand
 
@@ -32,6 +34,8 @@ class HyperConnectionLayer:
         for norm in (layer.input_layernorm, layer.pre_mlp_layernorm):
             if isinstance(norm, NormWrapper):
                 norm.tp_group = layer.tp_group
+        inputs = [m for m in (layer.input_layernorm, layer.pre_mlp_layernorm) if isinstance(m, HyperConnectionInput)]
+        CHAIN.extend(config, layer.layer_number, inputs)
         self.is_entry = layer.layer_number == 1
         self.is_exit = contract_after_last and layer.layer_number == config.num_layers
         if contract_after_last:

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from mhc_megatron.residual.input import HyperConnectionInput
 
 
 class Residual(NamedTuple):
     """What an mHC input hands to the bias-dropout-add instead of Megatron's residual tensor.
 
-    x: ``[s, b, n, C]``, the streams' dtype; post ``[s, b, n]`` and res ``[s, b, n, n]``, float32.
+    x: ``[s, b, n*C]``, the streams' dtype; post ``[s, b, n]`` and res ``[s, b, n, n]``, float32. successor: the mHC input
+    that will read the result, if it is known (`chain`).
     """
 
     x: Tensor
     post: Tensor
     res: Tensor
+    successor: HyperConnectionInput | None = None
 
 
 def expand(hidden: Tensor, num_streams: int) -> Tensor:

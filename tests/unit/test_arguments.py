@@ -93,7 +93,6 @@ def test_help_has_one_heading(validate: Any, capsys: pytest.CaptureFixture) -> N
         ("--mhc-eps 0", r"--mhc-eps must be > 0"),
         ("--mhc-init-alpha 0", r"--mhc-init-alpha must not be 0: phi would get no gradient"),
         ("--mhc-mode hc --mhc-profile deepseek-v4", r"--mhc-profile 'deepseek-v4' has no mode 'hc'"),
-        ("--mhc-backend triton", r"--mhc-backend 'triton': this release has no Triton kernels yet"),
         ("--mtp-num-layers 1", r"--mtp-num-layers \(1\): multi-token prediction"),
         ("--cuda-graph-impl local", r"--cuda-graph-impl .*use --cuda-graph-impl none"),
         ("--use-megatron-fsdp", r"--use-megatron-fsdp .*use --use-distributed-optimizer"),

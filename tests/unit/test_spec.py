@@ -14,7 +14,7 @@ from megatron.core.transformer.transformer_block import TransformerBlock
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
 from mhc_megatron import MHCConfig, to_mhc_spec
-from mhc_megatron.residual.hyper_connection import HyperConnection
+from mhc_megatron.residual.input import HyperConnectionInput
 from tests import models
 from tests.unit.kernels.test_reference import sinkhorn_by_definition
 
@@ -145,10 +145,11 @@ def test_streams_part_and_mappings_move(mode: str) -> None:
     model = models.build(models.make_config(**models.MOE), MHCConfig(mode=mode))
     seen: dict[int, tuple] = {}
 
-    def record(module: HyperConnection, inputs: tuple, output: tuple) -> None:
-        seen[id(module)] = (inputs[0].detach(), *(t.detach() for t in output))
+    def record(module: HyperConnectionInput, inputs: tuple, output: tuple) -> None:
+        x = output[1].x.detach().unflatten(-1, (4, -1))
+        seen[id(module)] = (x, *(t.detach() for t in module.hyper_connection(x)))
 
-    connections = [m for m in model.modules() if isinstance(m, HyperConnection)]
+    connections = [m for m in model.modules() if isinstance(m, HyperConnectionInput)]
     for connection in connections:
         connection.register_forward_hook(record)
     models.forward(model, models.tokens(0))

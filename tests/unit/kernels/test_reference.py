@@ -205,7 +205,6 @@ class TestMappings:
             ({"alpha": torch.zeros(1)}, r"alpha must be \[3\]"),
             ({"bias": torch.zeros(16)}, r"bias must be \[24\]"),
             ({"backend": "cuda"}, "backend must be one of"),
-            ({"backend": "triton"}, "no Triton kernels"),
         ],
     )
     def test_errors(self, arguments: dict, message: str) -> None:

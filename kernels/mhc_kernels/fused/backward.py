@@ -1,0 +1,442 @@
+"""The backward of a boundary, in two passes over the row, and the gradients of the parameters.
+
+With g the gradient of x' that comes from downstream, and da that of the projected values a = phi x':
+
+1. `mapping_backward_kernel`: ``dH_pre_j = du . x'_j`` (units: 1 + 4), the backward of gates and Sinkhorn: da, and the
+factor of x' that
+   the RMS contributes; and ``dphi = da^T x'``, a chunk of tokens at a time, shortly after, from the L2 cache.
+2. `stream_backward_kernel`: ``g += H_pre du + phi^T da + factor x'``, with x' recomputed from x and y (it is not read), then
+   ``dx = H_res^T g``, ``dy = H_post . g``, ``dH_res_ij = g_i . x_j``, ``dH_post_i = g_i . y`` (units: 4 + 1 + 4 + 1 + 5).
+"""
+
+import triton
+import triton.language as tl
+
+from mhc_kernels.fused import sinkhorn, tiles
+from mhc_kernels.fused.gates import gate_backward, logit_backward
+
+
+@triton.jit
+def _store_da(da_ptr, at, k, value, exists, RP: tl.constexpr, BF16: tl.constexpr):
+    """da [T, 2*RP] as bf16 hi | lo, or [T, RP] float32."""
+    if BF16:
+        hi = value.to(tl.bfloat16)
+        tl.store(da_ptr + at * (2 * RP) + k, hi, mask=exists)
+        tl.store(da_ptr + at * (2 * RP) + RP + k, (value - hi.to(tl.float32)).to(tl.bfloat16), mask=exists)
+    else:
+        tl.store(da_ptr + at * RP + k, value, mask=exists)
+
+
+@triton.jit
+def _total(value, exists):
+    return tl.sum(tl.where(exists, value, 0.0), 0)
+
+
+@triton.jit(do_not_specialize=["T", "MAPS"])
+def mapping_backward_kernel(
+    du_ptr, x_ptr, dpre_ptr, dpost_ptr, dres_ptr, saved_ptr, alpha_ptr, bias_ptr,
+    da_ptr, factor_ptr, totals_ptr, pre_totals_ptr, dphi_ptr, flags_ptr, T, MAPS,
+    N: tl.constexpr, P: tl.constexpr, C: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, RT: tl.constexpr, NT: tl.constexpr,
+    ITERATIONS: tl.constexpr, HC: tl.constexpr, EPS: tl.constexpr, AGGREGATE: tl.constexpr, ACCUMULATE: tl.constexpr,
+    BF16: tl.constexpr, DOT32: tl.constexpr,
+    BS: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr, V: tl.constexpr, STAGES: tl.constexpr,
+    CHUNK: tl.constexpr, LAG: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, PHI_STAGES: tl.constexpr,
+):  # fmt: skip
+    """Gradients of the projected values (da), of phi, and factor [2, T]: x's factor from the RMS (two terms, one a kind
+    of program).
+
+    The first MAPS programs: BS tokens each, H_post and H_res from dpost [T, N] and dres [T, N*N]; H_pre from dpre [T,
+    N] as well, unless AGGREGATE. Then, for chunks of CHUNK tokens in order: programs that take dH_pre of BM tokens each
+    from du [T, C] and x [T, N, C] (AGGREGATE), and, LAG chunks later, while x is still in the L2 cache, those of ``dphi
+    += da^T x``, BK columns each.
+
+    totals [MAPS, RT]: sums over the program's tokens for dbias (R), then dalpha (3); pre_totals [programs, NT]: dbias
+    (N), dalpha (1).
+    flags: int32 zeros: a ticket, programs done a chunk, chunks done a block of columns (dphi is summed in the order of tokens).
+    """
+    K: tl.constexpr = N * C
+    COLUMNS: tl.constexpr = (K + BK - 1) // BK
+    ROWS: tl.constexpr = CHUNK // BM if AGGREGATE else 0
+    chunks = tl.cdiv(T, CHUNK)
+    ready_ptr = flags_ptr + 1
+    # Programs start in the order of their tickets, whatever order the hardware takes: who waits, waits for one that runs.
+    ticket = tl.atomic_add(flags_ptr, 1, sem="relaxed")
+    if ticket < MAPS:
+        _maps_backward(
+            dpre_ptr, dpost_ptr, dres_ptr, saved_ptr, alpha_ptr, bias_ptr, da_ptr, factor_ptr, totals_ptr, T, ticket,
+            N, P, C, R, RP, RT, ITERATIONS, HC, EPS, AGGREGATE, BF16, BS,
+        )  # fmt: skip
+        _signal(ready_ptr + ticket * BS // CHUNK)
+    else:
+        turn = (ticket - MAPS) // (ROWS + COLUMNS)
+        index = (ticket - MAPS) % (ROWS + COLUMNS)
+        if index < ROWS:
+            if turn < chunks:
+                _aggregate_backward(
+                    du_ptr, x_ptr, saved_ptr, alpha_ptr, bias_ptr, da_ptr, factor_ptr, pre_totals_ptr, T, turn * ROWS + index,
+                    N, C, R, RP, NT, HC, BF16, BM, BC, V, STAGES,
+                )  # fmt: skip
+                _signal(ready_ptr + turn)
+        else:
+            chunk = turn - LAG
+            if chunk >= 0:
+                maps = tl.minimum(MAPS - chunk * (CHUNK // BS), CHUNK // BS)
+                _wait(ready_ptr + chunk, maps + ROWS)
+                column = index - ROWS
+                _phi_backward(
+                    da_ptr, x_ptr, dphi_ptr, ready_ptr + chunks + column, T, chunk, column, K, R, RP, ACCUMULATE, BF16, DOT32,
+                    CHUNK, BT, BK, PHI_STAGES,
+                )  # fmt: skip
+
+
+@triton.jit
+def _signal(flag_ptr):
+    """Count this program's work as done, after all that its threads have written."""
+    tl.debug_barrier()
+    tl.atomic_add(flag_ptr, 1, sem="release")
+
+
+@triton.jit
+def _wait(flag_ptr, count):
+    """Until ``count`` programs have signalled."""
+    seen = tl.atomic_add(flag_ptr, 0, sem="acquire")
+    while seen < count:
+        seen = tl.atomic_add(flag_ptr, 0, sem="acquire")
+    tl.debug_barrier()
+
+
+@triton.jit
+def _phi_backward(
+    da_ptr, x_ptr, dphi_ptr, turn_ptr, T, chunk, column,
+    K: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, ACCUMULATE: tl.constexpr, BF16: tl.constexpr, DOT32: tl.constexpr,
+    CHUNK: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """dphi [R, K] += ``da^T x`` over one chunk of tokens, after the chunks before it."""
+    columns = column * BK + tl.arange(0, BK)
+    inside = (columns < K)[None, :]
+    NW: tl.constexpr = 2 * RP if BF16 else RP
+    rn = tl.arange(0, NW)
+    acc = tl.zeros((NW, BK), tl.float32)
+    for t in tl.range(0, CHUNK, BT, num_stages=STAGES):
+        rows = chunk * CHUNK + t + tl.arange(0, BT)
+        at = rows.to(tl.int64)[:, None]
+        exists = (rows < T)[:, None]
+        if K % BK == 0:
+            x = tl.load(x_ptr + at * K + columns[None, :], mask=exists, other=0.0)
+        else:
+            x = tl.load(x_ptr + at * K + columns[None, :], mask=exists & inside, other=0.0)
+        da = tl.load(da_ptr + at * NW + rn[None, :], mask=exists, other=0.0)
+        if DOT32:
+            acc = tl.dot(tl.trans(da.to(tl.float32)), x.to(tl.float32), acc, input_precision="tf32x3")
+        else:
+            acc = tl.dot(tl.trans(da), x, acc)
+    if BF16:
+        acc = tl.sum(tl.reshape(acc, (2, RP, BK)), axis=0)
+    r = tl.arange(0, RP)[:, None]
+    out = dphi_ptr + r * K + columns[None, :]
+    mask = inside & (r < R)
+    _wait(turn_ptr, chunk)
+    # Not through L1, which may hold what an earlier chunk's program on this multiprocessor read.
+    before = tl.load(out, mask=mask & ((chunk > 0) | ACCUMULATE), other=0.0, cache_modifier=".cg")
+    tl.store(out, acc + before, mask=mask)
+    _signal(turn_ptr)
+
+
+@triton.jit
+def _maps_backward(
+    dpre_ptr, dpost_ptr, dres_ptr, saved_ptr, alpha_ptr, bias_ptr, da_ptr, factor_ptr, totals_ptr, T, program,
+    N: tl.constexpr, P: tl.constexpr, C: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, RT: tl.constexpr,
+    ITERATIONS: tl.constexpr, HC: tl.constexpr, EPS: tl.constexpr, AGGREGATE: tl.constexpr, BF16: tl.constexpr, BS: tl.constexpr,
+):  # fmt: skip
+    rows = program * BS + tl.arange(0, BS)
+    exists = rows < T
+    at = tl.minimum(rows, T - 1).to(tl.int64)
+    totals = totals_ptr + program * RT
+    r = tl.load(saved_ptr + at * RP + R)
+
+    k = tl.arange(0, P)[None, :]
+    inside = exists[:, None] & (k < N)
+    column = tl.arange(0, P)
+    if AGGREGATE:  # the other programs' part
+        dr = tl.zeros((BS,), tl.float32)
+        tl.store(totals + column, tl.zeros((P,), tl.float32), mask=column < N)
+        tl.store(totals + R, 0.0)
+    else:
+        dh = tl.load(dpre_ptr + at[:, None] * N + k, mask=inside, other=0.0)
+        a = tl.load(saved_ptr + at[:, None] * RP + k)
+        b = tl.load(bias_ptr + k, mask=k < N, other=0.0)
+        da, dr_k, dalpha, dbias = gate_backward(dh, a, tl.load(alpha_ptr), b, r[:, None], 1.0, HC)
+        dr = tl.sum(dr_k, 1)
+        _store_da(da_ptr, at[:, None], k, da, inside, RP, BF16)
+        tl.store(totals + column, tl.sum(dbias, 0), mask=column < N)
+        tl.store(totals + R, tl.sum(tl.sum(dalpha, 1), 0))
+        tl.store(factor_ptr + T + at, tl.zeros((BS,), tl.float32), mask=exists)
+
+    dh = tl.load(dpost_ptr + at[:, None] * N + k, mask=inside, other=0.0)
+    a = tl.load(saved_ptr + at[:, None] * RP + N + k)
+    b = tl.load(bias_ptr + N + k, mask=k < N, other=0.0)
+    da, dr_k, dalpha, dbias = gate_backward(dh, a, tl.load(alpha_ptr + 1), b, r[:, None], 2.0, HC)
+    dr += tl.sum(dr_k, 1)
+    _store_da(da_ptr, at[:, None], N + k, da, inside, RP, BF16)
+    tl.store(totals + N + column, tl.sum(dbias, 0), mask=column < N)
+    tl.store(totals + R + 1, tl.sum(tl.sum(dalpha, 1), 0))
+
+    i = sinkhorn.row_index(P)
+    j = sinkhorn.column_index(P)
+    known = (i < N) & (j < N)
+    k = i * N + j
+    inside = exists[:, None, None] & known
+    dm = tl.load(dres_ptr + at[:, None, None] * (N * N) + k, mask=inside, other=0.0)
+    a = tl.load(saved_ptr + at[:, None, None] * RP + 2 * N + k, mask=known, other=0.0)
+    b = tl.load(bias_ptr + 2 * N + k, mask=known, other=0.0)
+    alpha = tl.load(alpha_ptr + 2)
+    if HC:
+        da, dr_k, dalpha, dbias = gate_backward(dm, a, alpha, b, r[:, None, None], 1.0, HC)
+    else:
+        dl = sinkhorn.backward(alpha * (r[:, None, None] * a) + b, dm, ITERATIONS, EPS, N, P)
+        da, dr_k, dalpha, dbias = logit_backward(dl, a, alpha, r[:, None, None])
+    dr += tl.sum(tl.sum(dr_k, 2), 1)
+    _store_da(da_ptr, at[:, None, None], 2 * N + k, da, inside, RP, BF16)
+    known = (tl.arange(0, P)[:, None] < N) & (tl.arange(0, P)[None, :] < N)
+    tl.store(totals + 2 * N + tl.arange(0, P)[:, None] * N + tl.arange(0, P)[None, :], tl.sum(dbias, 0), mask=known)
+    tl.store(totals + R + 2, tl.sum(tl.sum(tl.sum(dalpha, 2), 1), 0))
+    tl.store(factor_ptr + at, -dr * r * r * r / (N * C), mask=exists)
+
+
+@triton.jit
+def _aggregate_backward(
+    du_ptr, x_ptr, saved_ptr, alpha_ptr, bias_ptr, da_ptr, factor_ptr, pre_totals_ptr, T, program,
+    N: tl.constexpr, C: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, NT: tl.constexpr, HC: tl.constexpr, BF16: tl.constexpr,
+    BM: tl.constexpr, BC: tl.constexpr, V: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    rows = program * BM + tl.arange(0, BM)
+    exists = rows < T
+    at = tl.minimum(rows, T - 1).to(tl.int64)
+    totals = pre_totals_ptr + program * NT
+    EVEN: tl.constexpr = C % BC == 0
+    dots = tiles.zeros(N, BM, BC // V)
+    for c in tl.range(0, C, BC, num_stages=STAGES):
+        columns = c + tl.arange(0, BC)
+        mask = (columns < C)[None, :]
+        du = tiles.load(du_ptr + at[:, None] * C + columns[None, :], mask, EVEN)
+        x = tiles.load_streams(x_ptr + at[:, None] * (N * C) + columns[None, :], mask, N, C, EVEN)
+        new = ()
+        for i in tl.static_range(N):
+            new = new + (dots[i] + tiles.partial(du * x[i], BM, BC, V),)
+        dots = new
+    r = tl.load(saved_ptr + at * RP + R)
+    alpha = tl.load(alpha_ptr)
+    dr = tl.zeros((BM,), tl.float32)
+    dalpha_sum = 0.0
+    for k in tl.static_range(N):
+        a = tl.load(saved_ptr + at * RP + k)
+        dh = tl.sum(dots[k], 1)
+        da, dr_k, dalpha, dbias = gate_backward(dh, a, alpha, tl.load(bias_ptr + k), r, 1.0, HC)
+        dr += dr_k
+        _store_da(da_ptr, at, k, da, exists, RP, BF16)
+        tl.store(totals + k, _total(dbias, exists))
+        dalpha_sum += _total(dalpha, exists)
+    tl.store(totals + N, dalpha_sum)
+    tl.store(factor_ptr + T + at, -dr * r * r * r / (N * C), mask=exists)
+
+
+@triton.jit(do_not_specialize=["T", "TOTALS", "PRE_TOTALS"])
+def stream_backward_kernel(
+    g_ptr, du_ptr, x_ptr, y_ptr, y_bias_ptr, seed_ptr, res_ptr, post_ptr, pre_ptr, da_ptr, factor_ptr, w_ptr,
+    dx_ptr, dy_ptr, dres_ptr, dpost_ptr, totals_ptr, pre_totals_ptr, dalpha_ptr, dbias_ptr, T, TOTALS, PRE_TOTALS, p_drop,
+    N: tl.constexpr, P: tl.constexpr, C: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, RT: tl.constexpr, NT: tl.constexpr,
+    MIX: tl.constexpr, AGGREGATE: tl.constexpr, PROJECT: tl.constexpr, G: tl.constexpr,
+    BIAS: tl.constexpr, DROPOUT: tl.constexpr, BF16: tl.constexpr, DOT32: tl.constexpr, ACCUMULATE: tl.constexpr,
+    BM: tl.constexpr, BC: tl.constexpr, V: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Gradients of the streams and of the sublayer's output, BM tokens a program.
+
+    g [T, N, C] from downstream (0 unless G); du [T, C] and pre [T, N] if AGGREGATE; da, factor [2, T] and w
+    (`pack_kernel`'s backward array) if PROJECT. With MIX: dx [T, N, C], dy [T, C], dres [T, N*N], dpost [T, N];
+    without: dx alone (x is x'). With PROJECT the first program, instead, adds up dalpha [3] and dbias [R] (to what is
+    there, if ACCUMULATE).
+    """
+    if PROJECT:
+        if tl.program_id(0) == 0:
+            _reduce_gates(
+                totals_ptr, pre_totals_ptr, dalpha_ptr, dbias_ptr, TOTALS, PRE_TOTALS, N, R, RT, NT, ACCUMULATE
+            )
+        else:
+            _stream_backward(
+                g_ptr, du_ptr, x_ptr, y_ptr, y_bias_ptr, seed_ptr, res_ptr, post_ptr, pre_ptr, da_ptr, factor_ptr, w_ptr,
+                dx_ptr, dy_ptr, dres_ptr, dpost_ptr, T, p_drop, tl.program_id(0) - 1,
+                N, P, C, R, RP, MIX, AGGREGATE, PROJECT, G, BIAS, DROPOUT, BF16, DOT32, BM, BC, V, STAGES,
+            )  # fmt: skip
+    else:
+        _stream_backward(
+            g_ptr, du_ptr, x_ptr, y_ptr, y_bias_ptr, seed_ptr, res_ptr, post_ptr, pre_ptr, da_ptr, factor_ptr, w_ptr,
+            dx_ptr, dy_ptr, dres_ptr, dpost_ptr, T, p_drop, tl.program_id(0),
+            N, P, C, R, RP, MIX, AGGREGATE, PROJECT, G, BIAS, DROPOUT, BF16, DOT32, BM, BC, V, STAGES,
+        )  # fmt: skip
+
+
+@triton.jit
+def _stream_backward(
+    g_ptr, du_ptr, x_ptr, y_ptr, y_bias_ptr, seed_ptr, res_ptr, post_ptr, pre_ptr, da_ptr, factor_ptr, w_ptr,
+    dx_ptr, dy_ptr, dres_ptr, dpost_ptr, T, p_drop, program,
+    N: tl.constexpr, P: tl.constexpr, C: tl.constexpr, R: tl.constexpr, RP: tl.constexpr,
+    MIX: tl.constexpr, AGGREGATE: tl.constexpr, PROJECT: tl.constexpr, G: tl.constexpr,
+    BIAS: tl.constexpr, DROPOUT: tl.constexpr, BF16: tl.constexpr, DOT32: tl.constexpr,
+    BM: tl.constexpr, BC: tl.constexpr, V: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    rows = program * BM + tl.arange(0, BM)
+    exists = rows < T
+    at = tl.minimum(rows, T - 1).to(tl.int64)
+    EVEN: tl.constexpr = C % BC == 0
+    if MIX:
+        res = tiles.load_columns(res_ptr + at * (N * N), N * N)
+        post = tiles.load_columns(post_ptr + at * N, N)
+        dots = tiles.zeros(N * (N + 1), BM, BC // V)
+    if AGGREGATE:
+        pre = tiles.load_columns(pre_ptr + at * N, N)
+    if PROJECT:
+        rn = tl.arange(0, RP)
+        factor = (tl.load(factor_ptr + at) + tl.load(factor_ptr + T + at))[:, None]
+        da_step: tl.constexpr = 2 * RP if BF16 else RP
+        da = tl.load(da_ptr + at[:, None] * da_step + rn[None, :], mask=rn[None, :] < R, other=0.0)
+    rk = tl.arange(0, P * BC)
+    for c in tl.range(0, C, BC, num_stages=STAGES):
+        columns = c + tl.arange(0, BC)
+        mask = (columns < C)[None, :]
+        at_y = at[:, None] * C + columns[None, :]
+        at_x = at[:, None] * (N * C) + columns[None, :]
+        x = tiles.load_streams(x_ptr + at_x, mask, N, C, EVEN)
+        if MIX:
+            y, keep = tiles.load_output(
+                y_ptr, y_bias_ptr, seed_ptr, rows, columns, at_y, mask, p_drop, C, BIAS, DROPOUT, EVEN
+            )
+        if G:
+            g = tiles.load_streams(g_ptr + at_x, mask, N, C, EVEN)
+        else:
+            g = tiles.zeros(N, BM, BC)
+        if AGGREGATE:
+            du = tiles.load(du_ptr + at_y, mask, EVEN)
+            new = ()
+            for i in tl.static_range(N):
+                new = new + (g[i] + pre[i] * du,)
+            g = new
+        if PROJECT:
+            if MIX:
+                out = tiles.mix_streams(res, post, x, y, N)
+            else:
+                out = x
+            if EVEN:
+                w = tl.load(w_ptr + rn[:, None] * (C * P) + (c * P + rk)[None, :])
+            else:
+                w = tl.load(
+                    w_ptr + rn[:, None] * (C * P) + (c * P + rk)[None, :], mask=(c * P + rk < C * P)[None, :], other=0.0
+                )
+            if DOT32:
+                back = tl.dot(da.to(tl.float32), w.to(tl.float32), input_precision="tf32x3")
+            else:
+                back = tl.dot(da, w)
+            back = tiles.separate(back, N, BM, BC)
+            new = ()
+            for i in tl.static_range(N):
+                new = new + (g[i] + factor * out[i] + back[i],)
+            g = new
+        if MIX:
+            tiles.store(dy_ptr + at_y, keep * tiles.weighted_sum(post, g, N), exists, mask, EVEN)
+            for j in tl.static_range(N):
+                total = res[j] * g[0]
+                for i in tl.static_range(1, N):
+                    total += res[i * N + j] * g[i]
+                tiles.store(dx_ptr + at_x + j * C, total, exists, mask, EVEN)
+            new = ()
+            for i in tl.static_range(N):
+                for j in tl.static_range(N):
+                    new = new + (dots[i * (N + 1) + j] + tiles.partial(g[i] * x[j], BM, BC, V),)
+                new = new + (dots[i * (N + 1) + N] + tiles.partial(g[i] * y, BM, BC, V),)
+            dots = new
+        else:
+            for i in tl.static_range(N):
+                tiles.store(dx_ptr + at_x + i * C, g[i], exists, mask, EVEN)
+    if MIX:
+        for i in tl.static_range(N):
+            for j in tl.static_range(N):
+                tl.store(dres_ptr + at * (N * N) + (i * N + j), tl.sum(dots[i * (N + 1) + j], 1), mask=exists)
+            tl.store(dpost_ptr + at * N + i, tl.sum(dots[i * (N + 1) + N], 1), mask=exists)
+
+
+@triton.jit
+def _reduce_gates(
+    totals_ptr, pre_totals_ptr, dalpha_ptr, dbias_ptr, TOTALS, PRE_TOTALS,
+    N: tl.constexpr, R: tl.constexpr, RT: tl.constexpr, NT: tl.constexpr, ACCUMULATE: tl.constexpr,
+):  # fmt: skip
+    ct = tl.arange(0, RT)
+    total = _sum_rows(totals_ptr, TOTALS, RT)
+    _deliver(total, dbias_ptr + ct, ct < R, ACCUMULATE)
+    _deliver(total, dalpha_ptr + ct - R, (ct >= R) & (ct < R + 3), ACCUMULATE)
+    tl.debug_barrier()
+    # The other programs' share of the same elements.
+    cn = tl.arange(0, NT)
+    pre_total = _sum_rows(pre_totals_ptr, PRE_TOTALS, NT)
+    _deliver(pre_total, dbias_ptr + cn, cn < N, True)
+    _deliver(pre_total, dalpha_ptr + cn - N, cn == N, True)
+
+
+@triton.jit
+def _sum_rows(ptr, ROWS, W: tl.constexpr):
+    BP: tl.constexpr = 4096 // W
+    columns = tl.arange(0, W)
+    total = tl.zeros((BP, W), tl.float32)
+    for row in tl.range(0, ROWS, BP):
+        rows = row + tl.arange(0, BP)
+        total += tl.load(ptr + rows[:, None] * W + columns[None, :], mask=(rows < ROWS)[:, None], other=0.0)
+    return tl.sum(total, 0)
+
+
+@triton.jit
+def _deliver(total, pointers, mask, ADD: tl.constexpr):
+    if ADD:
+        total += tl.load(pointers, mask=mask, other=0.0)
+    tl.store(pointers, total, mask=mask)
+
+
+@triton.jit(do_not_specialize=["T"])
+def sinkhorn_backward_kernel(
+    logits_ptr, dres_ptr, dlogits_ptr, T,
+    N: tl.constexpr, P: tl.constexpr, ITERATIONS: tl.constexpr, EPS: tl.constexpr, BS: tl.constexpr,
+):  # fmt: skip
+    """logits, dres [T, N*N] -> dlogits [T, N*N]."""
+    rows = (tl.program_id(0) * BS + tl.arange(0, BS))[:, None, None]
+    i = sinkhorn.row_index(P)
+    j = sinkhorn.column_index(P)
+    inside = (rows < T) & (i < N) & (j < N)
+    at = rows.to(tl.int64) * (N * N) + i * N + j
+    logits = tl.load(logits_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    dm = tl.load(dres_ptr + at, mask=inside, other=0.0)
+    g = sinkhorn.backward(logits, dm, ITERATIONS, EPS, N, P)
+    tl.store(dlogits_ptr + at, g.to(dlogits_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["T"])
+def aggregate_backward_kernel(
+    du_ptr, x_ptr, pre_ptr, dx_ptr, dpre_ptr, T,
+    N: tl.constexpr, C: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr, V: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """du [T, C], x [T, N, C], pre [T, N] -> dx [T, N, C], dpre [T, N] (`mhc_kernels.aggregate`)."""
+    rows = tl.program_id(0) * BM + tl.arange(0, BM)
+    exists = rows < T
+    at = tl.minimum(rows, T - 1).to(tl.int64)
+    EVEN: tl.constexpr = C % BC == 0
+    pre = tiles.load_columns(pre_ptr + at * N, N)
+    dots = tiles.zeros(N, BM, BC // V)
+    for c in tl.range(0, C, BC, num_stages=STAGES):
+        columns = c + tl.arange(0, BC)
+        mask = (columns < C)[None, :]
+        at_x = at[:, None] * (N * C) + columns[None, :]
+        du = tiles.load(du_ptr + at[:, None] * C + columns[None, :], mask, EVEN)
+        x = tiles.load_streams(x_ptr + at_x, mask, N, C, EVEN)
+        new = ()
+        for i in tl.static_range(N):
+            tiles.store(dx_ptr + at_x + i * C, pre[i] * du, exists, mask, EVEN)
+            new = new + (dots[i] + tiles.partial(du * x[i], BM, BC, V),)
+        dots = new
+    for i in tl.static_range(N):
+        tl.store(dpre_ptr + at * N + i, tl.sum(dots[i], 1), mask=exists)

@@ -1,0 +1,196 @@
+"""Operators for a boundary between two sublayers, and for its second half where a chain of sublayers starts.
+
+``boundary`` mixes a sublayer's output into the streams, computes the next sublayer's mappings from the result, and what
+that sublayer
+reads: pack + 2 launches. ``boundary_backward`` is all of its gradients: 2 launches, and one that zeroes counters.
+Without y, the streams are taken as they are.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mhc_kernels.fused import backward, configs, forward, pack
+from mhc_kernels.fused.launch import Launcher
+from mhc_kernels.fused.library import Sizes, cdiv, operator
+from mhc_kernels.fused.single import Gates, launch_mix_project, launch_stream_backward
+from mhc_kernels.reference import streams_of
+
+_pack = Launcher(pack.pack_kernel)
+_map_aggregate = Launcher(forward.map_aggregate_kernel)
+_mapping_backward = Launcher(backward.mapping_backward_kernel)
+
+Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+def _outputs(x: Tensor, bias: Tensor, mixes: bool, aggregates: bool) -> Outputs:
+    n = streams_of(bias)
+    s = Sizes(x, n)
+    lead = x.shape[:-1]
+    return (
+        torch.empty_like(x) if mixes else x.new_empty(0),
+        x.new_empty((*lead, s.c) if aggregates else 0),
+        torch.empty((*lead, n), dtype=torch.float32, device=x.device),
+        torch.empty((*lead, n), dtype=torch.float32, device=x.device),
+        torch.empty((*lead, n, n), dtype=torch.float32, device=x.device),
+        torch.empty((s.t, s.padded_rows), dtype=torch.float32, device=x.device),
+        torch.empty((s.padded_rows, s.c * s.padded_streams), dtype=s.product_dtype, device=x.device),
+    )
+
+
+def _fake_boundary(
+    x: Tensor, res: Tensor | None, post: Tensor | None, y: Tensor | None, y_bias: Tensor | None, seed: Tensor | None, p: float,
+    phi: Tensor, alpha: Tensor, bias: Tensor, aggregates: bool, iterations: int, eps: float, eps_sinkhorn: float, hc: bool,
+) -> Outputs:  # fmt: skip
+    return _outputs(x, bias, y is not None, aggregates)
+
+
+@operator(
+    "boundary(Tensor x, Tensor? res, Tensor? post, Tensor? y, Tensor? y_bias, Tensor? seed, float p, "
+    "Tensor phi, Tensor alpha, Tensor bias, bool aggregates, int iterations, float eps, float eps_sinkhorn, bool hc) -> "
+    "(Tensor out, Tensor u, Tensor pre, Tensor post_out, Tensor res_out, Tensor saved, Tensor w)",
+    _fake_boundary,
+)
+def boundary(
+    x: Tensor, res: Tensor | None, post: Tensor | None, y: Tensor | None, y_bias: Tensor | None, seed: Tensor | None, p: float,
+    phi: Tensor, alpha: Tensor, bias: Tensor, aggregates: bool, iterations: int, eps: float, eps_sinkhorn: float, hc: bool,
+) -> Outputs:  # fmt: skip
+    """The streams after a sublayer, and what the next one takes from them.
+
+    Args:
+        x ``[..., n*C]``, res ``[..., n, n]``, post ``[..., n]``, y ``[..., C]``, y_bias ``[C]``: as in
+        `mhc_kernels.mix`; y None: out is x. seed ``[1]`` int64, p: dropout of y + y_bias; None for none. phi ``[R,
+        n*C]``, alpha ``[3]``, bias ``[R]``: the next sublayer's, as in `mhc_kernels.mappings`.
+        aggregates: whether u is wanted.
+        iterations, eps: of Sinkhorn, inside the RMS. eps_sinkhorn > 0: profile deepseek-v4. hc: mode hc.
+
+    Returns:
+        out ``[..., n*C]`` (empty without y), u ``[..., C]`` (empty unless aggregates), pre, post, res of the next
+        sublayer, float32, and for the backward: saved ``[T, RP]`` (projected values; in column R the RMS factor), w
+        ``[RP, C*P]`` (phi as `pack_kernel` lays it out).
+    """
+    s = Sizes(x, streams_of(bias))
+    outputs = _outputs(x, bias, y is not None, aggregates)
+    if not s.t:
+        return outputs
+    out, u, pre, post_out, res_out, saved, w_back = outputs
+    w = torch.empty((s.c * s.padded_streams, s.width), dtype=s.product_dtype, device=x.device)
+    block = configs.pack(s.n, s.c)
+    _pack(cdiv(s.c, block), (phi, w, w_back), (s.rows,), (s.c, s.n, s.padded_streams, s.padded_rows, block, s.bf16), 4)
+    split = configs.mix_project(s.n, s.c, s.t, s.itemsize).SPLIT
+    sums = torch.empty((split, s.t, s.padded_rows), dtype=torch.float32, device=x.device)
+    launch_mix_project(s, x, res, post, y, y_bias, seed, p, w, x if y is None else out, sums)
+    config = configs.aggregate(s.n, s.c, s.t, s.itemsize)
+    block = configs.token_block(s.n)
+    programs = cdiv(s.t, block)
+    meta = (
+        s.n, s.padded_streams, s.c, s.rows, s.padded_rows, split, iterations, hc, eps_sinkhorn,
+        block, config.BM, config.BC, config.STAGES,
+    )  # fmt: skip
+    _map_aggregate(
+        programs + (cdiv(s.t, config.BM) if aggregates else 0),
+        (sums, x if y is None else out, alpha, bias, u, pre, post_out, res_out, saved),
+        (s.t, programs, eps),
+        meta,
+        config.warps,
+    )
+    return outputs
+
+
+Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+def _gradients(
+    x: Tensor, res: Tensor | None, post: Tensor | None, y: Tensor | None, alpha: Tensor, bias: Tensor, accumulates: bool
+) -> Gradients:
+    shape = (bias.shape[0], x.shape[-1])
+    return (
+        torch.empty_like(x),
+        x.new_empty(0) if y is None else torch.empty_like(y),
+        x.new_empty(0) if res is None else torch.empty_like(res),
+        x.new_empty(0) if post is None else torch.empty_like(post),
+        x.new_empty(0) if accumulates else torch.empty(shape, dtype=torch.float32, device=x.device),
+        x.new_empty(0) if accumulates else torch.empty_like(alpha),
+        x.new_empty(0) if accumulates else torch.empty_like(bias),
+    )
+
+
+def _fake_boundary_backward(
+    g: Tensor | None, du: Tensor | None, dpre: Tensor | None, dpost_out: Tensor | None, dres_out: Tensor | None,
+    x: Tensor, res: Tensor | None, post: Tensor | None, y: Tensor | None, y_bias: Tensor | None, seed: Tensor | None, p: float,
+    out: Tensor, pre: Tensor, saved: Tensor, w: Tensor, alpha: Tensor, bias: Tensor,
+    main_phi: Tensor | None, main_alpha: Tensor | None, main_bias: Tensor | None,
+    iterations: int, eps_sinkhorn: float, hc: bool,
+) -> Gradients:  # fmt: skip
+    return _gradients(x, res, post, y, alpha, bias, main_phi is not None)
+
+
+@operator(
+    "boundary_backward(Tensor? g, Tensor? du, Tensor? dpre, Tensor? dpost_out, Tensor? dres_out, "
+    "Tensor x, Tensor? res, Tensor? post, Tensor? y, Tensor? y_bias, Tensor? seed, float p, "
+    "Tensor out, Tensor pre, Tensor saved, Tensor w, Tensor alpha, Tensor bias, "
+    "Tensor(a!)? main_phi, Tensor(b!)? main_alpha, Tensor(c!)? main_bias, int iterations, float eps_sinkhorn, bool hc) -> "
+    "(Tensor dx, Tensor dy, Tensor dres, Tensor dpost, Tensor dphi, Tensor dalpha, Tensor dbias)",
+    _fake_boundary_backward,
+)
+def boundary_backward(
+    g: Tensor | None, du: Tensor | None, dpre: Tensor | None, dpost_out: Tensor | None, dres_out: Tensor | None,
+    x: Tensor, res: Tensor | None, post: Tensor | None, y: Tensor | None, y_bias: Tensor | None, seed: Tensor | None, p: float,
+    out: Tensor, pre: Tensor, saved: Tensor, w: Tensor, alpha: Tensor, bias: Tensor,
+    main_phi: Tensor | None, main_alpha: Tensor | None, main_bias: Tensor | None,
+    iterations: int, eps_sinkhorn: float, hc: bool,
+) -> Gradients:  # fmt: skip
+    """All gradients of `boundary`.
+
+    Args:
+        g, du, dpre, dpost_out, dres_out: gradients of out, u, pre, post_out, res_out; None is zero. du or dpre, not both.
+        out: the streams that phi was multiplied with (x itself without y).
+        main_phi, main_alpha, main_bias: float32 gradients to add to (all or none) instead of returning new ones.
+        The others: as given to `boundary` and returned by it.
+
+    Returns:
+        Gradients of x, y, res, post, phi, alpha, bias; empty where there is nothing to return.
+    """
+    s = Sizes(x, streams_of(bias))
+    gradients = _gradients(x, res, post, y, alpha, bias, main_phi is not None)
+    dx, dy, dres, dpost, dphi, dalpha, dbias = gradients
+    accumulates = main_phi is not None
+    if not s.t:
+        for gradient in () if accumulates else (dphi, dalpha, dbias):
+            gradient.zero_()
+        return gradients
+    lead, device = x.shape[:-1], x.device
+    if dpost_out is None:
+        dpost_out = torch.zeros((*lead, s.n), device=device)
+    if dres_out is None:
+        dres_out = torch.zeros((*lead, s.n, s.n), device=device)
+    if du is None and dpre is None:
+        dpre = torch.zeros((*lead, s.n), device=device)
+    if main_phi is not None and main_alpha is not None and main_bias is not None:
+        dphi, dalpha, dbias = main_phi, main_alpha, main_bias
+
+    c = configs.mapping_backward(s.n, s.c, s.itemsize)
+    chunks, columns = cdiv(s.t, c.CHUNK), cdiv(s.n * s.c, c.BK)
+    maps, rows = cdiv(s.t, c.BS), 0 if du is None else c.CHUNK // c.BM
+    da = torch.empty((s.t, s.width), dtype=s.product_dtype, device=device)
+    factor = torch.empty((2, s.t), dtype=torch.float32, device=device)
+    totals = torch.empty((maps, s.padded_totals), dtype=torch.float32, device=device)
+    pre_totals = torch.empty((chunks * rows, s.padded_pre), dtype=torch.float32, device=device)
+    flags = torch.zeros(1 + chunks + columns, dtype=torch.int32, device=device)
+    meta = (
+        s.n, s.padded_streams, s.c, s.rows, s.padded_rows, s.padded_totals, s.padded_pre,
+        iterations, hc, eps_sinkhorn, du is not None, accumulates, s.bf16, s.dot32, *c[:-1],
+    )  # fmt: skip
+    _mapping_backward(
+        maps + (chunks + c.LAG) * (rows + columns),
+        (x if du is None else du, out, alpha if dpre is None else dpre, dpost_out, dres_out, saved, alpha, bias,
+         da, factor, totals, pre_totals, dphi, flags),
+        (s.t, maps),
+        meta,
+        c.warps,
+    )  # fmt: skip
+    mixed = (None, None, None) if y is None else (dy, dres, dpost)
+    gates = Gates(totals, pre_totals, dalpha, dbias, accumulates)
+    launch_stream_backward(s, g, du, x, y, y_bias, seed, p, res, post, pre, da, factor, w, (dx, *mixed), gates)
+    return gradients

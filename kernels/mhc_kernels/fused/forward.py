@@ -1,0 +1,224 @@
+"""The forward of a boundary between two sublayers, in two passes over the row of n*C values.
+
+`mix_project_kernel`: ``x' = H_res x + H_post y``, and x' times phi (partial sums) while it is in registers.
+`map_aggregate_kernel`: the mappings from those sums, and ``u = H_pre x'``; some programs do the one, some the other.
+Units of C elements a token, n = 4: the first moves 4 + 1 + 4, the second 4 + 1.
+"""
+
+import triton
+import triton.language as tl
+
+from mhc_kernels.fused import sinkhorn, tiles
+from mhc_kernels.fused.gates import gate
+
+
+@triton.jit(do_not_specialize=["T"])
+def mix_project_kernel(
+    x_ptr, y_ptr, y_bias_ptr, seed_ptr, res_ptr, post_ptr, w_ptr, out_ptr, sums_ptr, T, p_drop,
+    N: tl.constexpr, P: tl.constexpr, C: tl.constexpr, R: tl.constexpr, RP: tl.constexpr,
+    MIX: tl.constexpr, PROJECT: tl.constexpr, BIAS: tl.constexpr, DROPOUT: tl.constexpr, BF16: tl.constexpr, DOT32: tl.constexpr,
+    BM: tl.constexpr, BC: tl.constexpr, SPLIT: tl.constexpr, V: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """x [T, N, C], y [T, C], res [T, N*N], post [T, N] -> out [T, N, C]; sums [SPLIT, T, RP]: out @ phi, and in column
+    R sum(out^2).
+
+    Without MIX, out is x and not written. w is `pack_kernel`'s forward array: bf16 hi | lo if BF16, else float32.
+    """
+    part = tl.program_id(0) % SPLIT  # neighbours share the rows: they read adjacent pieces at the same time
+    rows = (tl.program_id(0) // SPLIT) * BM + tl.arange(0, BM)
+    exists = rows < T
+    at = tl.minimum(rows, T - 1).to(tl.int64)  # loads need no row mask
+    EVEN: tl.constexpr = C % (BC * SPLIT) == 0
+    if MIX:
+        res = tiles.load_columns(res_ptr + at * (N * N), N * N)
+        post = tiles.load_columns(post_ptr + at * N, N)
+    NW: tl.constexpr = 2 * RP if BF16 else RP
+    acc = tl.zeros((BM, NW), tl.float32)
+    squares = tl.zeros((BM, BC // V), tl.float32)
+    rk = tl.arange(0, P * BC)
+    rw = tl.arange(0, NW)
+    for c0 in tl.range(0, C, BC * SPLIT, num_stages=STAGES):
+        c = c0 + part * BC
+        columns = c + tl.arange(0, BC)
+        mask = (columns < C)[None, :]
+        at_x = at[:, None] * (N * C) + columns[None, :]
+        x = tiles.load_streams(x_ptr + at_x, mask, N, C, EVEN)
+        if MIX:
+            at_y = at[:, None] * C + columns[None, :]
+            y, _ = tiles.load_output(
+                y_ptr, y_bias_ptr, seed_ptr, rows, columns, at_y, mask, p_drop, C, BIAS, DROPOUT, EVEN
+            )
+            mixed = tiles.mix_streams(res, post, x, y, N)
+            x = ()
+            for i in tl.static_range(N):
+                o = mixed[i].to(out_ptr.dtype.element_ty)
+                tiles.store(out_ptr + at_x + i * C, o, exists, mask, EVEN)
+                x = x + (o.to(tl.float32),)
+        if PROJECT:
+            squares += tiles.partial(_sum_of_squares(x, N), BM, BC, V)
+            if EVEN:
+                w = tl.load(w_ptr + (c * P + rk)[:, None] * NW + rw[None, :])
+            else:
+                w = tl.load(
+                    w_ptr + (c * P + rk)[:, None] * NW + rw[None, :], mask=(c * P + rk < C * P)[:, None], other=0.0
+                )
+            a = tiles.interleave(x, N, BM, BC)
+            if DOT32:
+                acc = tl.dot(a, w.to(tl.float32), acc, input_precision="tf32x3")
+            else:
+                acc = tl.dot(a.to(tl.bfloat16), w, acc)
+    if PROJECT:
+        if BF16:
+            acc = tl.sum(tl.reshape(acc, (BM, 2, RP)), axis=1)
+        r = tl.arange(0, RP)
+        acc = tl.where(r[None, :] == R, tl.sum(squares, 1)[:, None], acc)
+        tl.store(sums_ptr + (part * T + at)[:, None] * RP + r[None, :], acc, mask=exists[:, None])
+
+
+@triton.jit
+def _sum_of_squares(x, N: tl.constexpr):
+    total = x[0] * x[0]
+    for i in tl.static_range(1, N):
+        total += x[i] * x[i]
+    return total
+
+
+@triton.jit
+def _projected(pointers, step, SPLIT: tl.constexpr):
+    """Projected values: the partial sums of all splits, in order."""
+    total = tl.load(pointers)
+    for s in tl.static_range(1, SPLIT):
+        total += tl.load(pointers + s * step)
+    return total
+
+
+@triton.jit
+def _projected_where(pointers, step, mask, SPLIT: tl.constexpr):
+    total = tl.load(pointers, mask=mask, other=0.0)
+    for s in tl.static_range(1, SPLIT):
+        total += tl.load(pointers + s * step, mask=mask, other=0.0)
+    return total
+
+
+@triton.jit
+def _rms_factor(pointers, step, eps, N: tl.constexpr, C: tl.constexpr, SPLIT: tl.constexpr):
+    return tl.rsqrt(_projected(pointers, step, SPLIT) / (N * C) + eps)
+
+
+@triton.jit(do_not_specialize=["T", "PROGRAMS"])
+def map_aggregate_kernel(
+    sums_ptr, x_ptr, alpha_ptr, bias_ptr, u_ptr, pre_ptr, post_ptr, res_ptr, saved_ptr, T, PROGRAMS, eps,
+    N: tl.constexpr, P: tl.constexpr, C: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, SPLIT: tl.constexpr,
+    ITERATIONS: tl.constexpr, HC: tl.constexpr, EPS: tl.constexpr,
+    BS: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Mappings of the streams x [T, N, C] from their projection, and u [T, C].
+
+    Programs [0, PROGRAMS) compute pre [T, N], post [T, N], res [T, N*N] and saved [T, RP] (projected values, and r in
+    column R) for BS tokens each; the programs after them u for BM tokens each. EPS > 0: profile deepseek-v4.
+    """
+    if tl.program_id(0) < PROGRAMS:
+        _map(
+            sums_ptr, alpha_ptr, bias_ptr, pre_ptr, post_ptr, res_ptr, saved_ptr, T, eps,
+            N, P, C, R, RP, SPLIT, ITERATIONS, HC, EPS, BS,
+        )  # fmt: skip
+    else:
+        first = (tl.program_id(0) - PROGRAMS) * BM
+        _project_aggregate(
+            sums_ptr, x_ptr, alpha_ptr, bias_ptr, u_ptr, T, first, eps, N, C, R, RP, SPLIT, HC, EPS, BM, BC, STAGES
+        )
+
+
+@triton.jit
+def _map(
+    sums_ptr, alpha_ptr, bias_ptr, pre_ptr, post_ptr, res_ptr, saved_ptr, T, eps,
+    N: tl.constexpr, P: tl.constexpr, C: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, SPLIT: tl.constexpr,
+    ITERATIONS: tl.constexpr, HC: tl.constexpr, EPS: tl.constexpr, BS: tl.constexpr,
+):  # fmt: skip
+    rows = tl.program_id(0) * BS + tl.arange(0, BS)
+    exists = rows < T
+    at = tl.minimum(rows, T - 1).to(tl.int64)
+    step = T.to(tl.int64) * RP
+    r = _rms_factor(sums_ptr + at * RP + R, step, eps, N, C, SPLIT)
+
+    k = tl.arange(0, RP)[None, :]
+    projected = _projected(sums_ptr + at[:, None] * RP + k, step, SPLIT)
+    tl.store(saved_ptr + at[:, None] * RP + k, tl.where(k == R, r[:, None], projected), mask=exists[:, None])
+
+    k = tl.arange(0, P)[None, :]
+    inside = exists[:, None] & (k < N)
+    a = _projected(sums_ptr + at[:, None] * RP + k, step, SPLIT)
+    h = gate(a, tl.load(alpha_ptr), tl.load(bias_ptr + k, mask=k < N, other=0.0), r[:, None], 1.0, EPS, HC)
+    tl.store(pre_ptr + at[:, None] * N + k, h, mask=inside)
+    a = _projected(sums_ptr + at[:, None] * RP + N + k, step, SPLIT)
+    h = gate(a, tl.load(alpha_ptr + 1), tl.load(bias_ptr + N + k, mask=k < N, other=0.0), r[:, None], 2.0, 0.0, HC)
+    tl.store(post_ptr + at[:, None] * N + k, h, mask=inside)
+
+    i = sinkhorn.row_index(P)
+    j = sinkhorn.column_index(P)
+    known = (i < N) & (j < N)
+    k = i * N + j
+    a = _projected_where(sums_ptr + at[:, None, None] * RP + 2 * N + k, step, known, SPLIT)
+    b = tl.load(bias_ptr + 2 * N + k, mask=known, other=0.0)
+    alpha = tl.load(alpha_ptr + 2)
+    if HC:
+        m = gate(a, alpha, b, r[:, None, None], 1.0, 0.0, HC)
+    else:
+        m = sinkhorn.forward(alpha * (r[:, None, None] * a) + b, ITERATIONS, EPS, N, P)
+    tl.store(res_ptr + at[:, None, None] * (N * N) + k, m, mask=exists[:, None, None] & known)
+
+
+@triton.jit
+def _project_aggregate(
+    sums_ptr, x_ptr, alpha_ptr, bias_ptr, u_ptr, T, first, eps,
+    N: tl.constexpr, C: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, SPLIT: tl.constexpr, HC: tl.constexpr, EPS: tl.constexpr,
+    BM: tl.constexpr, BC: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    step = T.to(tl.int64) * RP
+    rows = first + tl.arange(0, BM)
+    exists = rows < T
+    at = tl.minimum(rows, T - 1).to(tl.int64)
+    sums = sums_ptr + at * RP
+    r = _rms_factor(sums + R, step, eps, N, C, SPLIT)
+    pre = ()
+    for k in tl.static_range(N):
+        a = _projected(sums + k, step, SPLIT)
+        pre = pre + (gate(a, tl.load(alpha_ptr), tl.load(bias_ptr + k), r, 1.0, EPS, HC)[:, None],)
+    _aggregate(x_ptr, u_ptr, at, exists, pre, N, C, BC, STAGES)
+
+
+@triton.jit
+def _aggregate(x_ptr, u_ptr, at, exists, pre, N: tl.constexpr, C: tl.constexpr, BC: tl.constexpr, STAGES: tl.constexpr):
+    EVEN: tl.constexpr = C % BC == 0
+    for c in tl.range(0, C, BC, num_stages=STAGES):
+        columns = c + tl.arange(0, BC)
+        mask = (columns < C)[None, :]
+        x = tiles.load_streams(x_ptr + at[:, None] * (N * C) + columns[None, :], mask, N, C, EVEN)
+        u = tiles.weighted_sum(pre, x, N)
+        tiles.store(u_ptr + at[:, None] * C + columns[None, :], u, exists, mask, EVEN)
+
+
+@triton.jit(do_not_specialize=["T"])
+def aggregate_kernel(
+    x_ptr, pre_ptr, u_ptr, T, N: tl.constexpr, C: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr, STAGES: tl.constexpr
+):
+    """x [T, N, C], pre [T, N] -> u [T, C], for given weights (`mhc_kernels.aggregate`)."""
+    rows = tl.program_id(0) * BM + tl.arange(0, BM)
+    at = tl.minimum(rows, T - 1).to(tl.int64)
+    pre = tiles.load_columns(pre_ptr + at * N, N)
+    _aggregate(x_ptr, u_ptr, at, rows < T, pre, N, C, BC, STAGES)
+
+
+@triton.jit(do_not_specialize=["T"])
+def sinkhorn_kernel(
+    logits_ptr, res_ptr, T,
+    N: tl.constexpr, P: tl.constexpr, ITERATIONS: tl.constexpr, EPS: tl.constexpr, BS: tl.constexpr,
+):  # fmt: skip
+    """logits [T, N*N] -> res [T, N*N]."""
+    rows = (tl.program_id(0) * BS + tl.arange(0, BS))[:, None, None]
+    i = sinkhorn.row_index(P)
+    j = sinkhorn.column_index(P)
+    inside = (rows < T) & (i < N) & (j < N)
+    at = rows.to(tl.int64) * (N * N) + i * N + j
+    logits = tl.load(logits_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    tl.store(res_ptr + at, sinkhorn.forward(logits, ITERATIONS, EPS, N, P), mask=inside)

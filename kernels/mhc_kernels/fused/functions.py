@@ -1,0 +1,187 @@
+"""Autograd around the operators. One Function a step; x is ``[..., n*C]`` in all of them."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from mhc_kernels.fused import boundary as boundary_operators
+from mhc_kernels.fused import single
+
+
+class Settings(NamedTuple):
+    """What the mappings of a sublayer do. eps_sinkhorn > 0: profile deepseek-v4; hc: mode hc."""
+
+    iterations: int
+    eps: float
+    eps_sinkhorn: float
+    hc: bool
+
+
+def new_seed(device: torch.device) -> Tensor:
+    """A dropout seed from the device's default generator: a checkpoint's recompute restores it, and no host sync."""
+    return torch.randint(2**62, (1,), dtype=torch.int64, device=device)
+
+
+def _contiguous(gradient: Tensor | None) -> Tensor | None:
+    return None if gradient is None else gradient.contiguous()
+
+
+def _bias_gradient(dy: Tensor, y_bias: Tensor | None) -> Tensor | None:
+    if y_bias is None:
+        return None
+    return dy.flatten(0, -2).sum(0, dtype=torch.float32).to(y_bias.dtype)
+
+
+def _main_gradients(parameters: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
+    """Megatron's float32 ``main_grad`` of each parameter, or None for all of them if one has none."""
+    mains = tuple(getattr(p, "main_grad", None) for p in parameters)
+    if all(m is not None and m.dtype == torch.float32 and m.is_contiguous() for m in mains):
+        return mains
+    return (None,) * len(parameters)
+
+
+class Boundary(torch.autograd.Function):
+    """``(x, res, post, y, y_bias, ...) -> (x', u, post', res')``: see `mhc_kernels.boundary`.
+
+    accumulate: add the gradients of phi, alpha and bias to their ``main_grad``, as Megatron's gradient accumulation
+    fusion does in linear layers, and say so (``grad_added_to_main_grad``).
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, res: Tensor, post: Tensor, y: Tensor, y_bias: Tensor | None, seed: Tensor | None, p: float,
+        phi: Tensor, alpha: Tensor, bias: Tensor, settings: Settings, accumulate: bool,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
+        out, u, pre, post_out, res_out, saved, w = boundary_operators.boundary(
+            x, res, post, y, y_bias, seed, p, phi, alpha, bias, True, *settings
+        )
+        ctx.save_for_backward(x, res, post, y, y_bias, seed, out, pre, saved, w, phi, alpha, bias)
+        ctx.p, ctx.settings, ctx.accumulate = p, settings, accumulate
+        ctx.set_materialize_grads(False)
+        return out, u, post_out, res_out
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor | None, du: Tensor | None, dpost: Tensor | None, dres: Tensor | None) -> Any:
+        x, res, post, y, y_bias, seed, out, pre, saved, w, phi, alpha, bias = ctx.saved_tensors
+        dx, dy, dres_in, dpost_in, *parameters = _boundary_backward(
+            ctx, g, du, None, dpost, dres, x, res, post, y, y_bias, seed, ctx.p, out, pre, saved, w, phi, alpha, bias
+        )
+        return dx, dres_in, dpost_in, dy, _bias_gradient(dy, y_bias), None, None, *parameters, None, None
+
+
+class Connect(torch.autograd.Function):
+    """``x -> (x, u, post, res)``: see `mhc_kernels.connect`. x is handed on so that its later gradient comes here, to
+    be added once."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, settings: Settings, accumulate: bool
+    ) -> tuple[Tensor, ...]:
+        _, u, pre, post, res, saved, w = boundary_operators.boundary(
+            x, None, None, None, None, None, 0.0, phi, alpha, bias, True, *settings
+        )
+        ctx.save_for_backward(x, pre, saved, w, phi, alpha, bias)
+        ctx.settings, ctx.accumulate = settings, accumulate
+        ctx.set_materialize_grads(False)
+        return x, u, post, res
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor | None, du: Tensor | None, dpost: Tensor | None, dres: Tensor | None) -> Any:
+        x, pre, saved, w, phi, alpha, bias = ctx.saved_tensors
+        dx, _, _, _, *parameters = _boundary_backward(
+            ctx, g, du, None, dpost, dres, x, None, None, None, None, None, 0.0, x, pre, saved, w, phi, alpha, bias
+        )
+        return dx, *parameters, None, None
+
+
+class Mappings(torch.autograd.Function):
+    """``x -> (pre, post, res)``: see `mhc_kernels.mappings`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, settings: Settings
+    ) -> tuple[Tensor, ...]:
+        _, _, pre, post, res, saved, w = boundary_operators.boundary(
+            x, None, None, None, None, None, 0.0, phi, alpha, bias, False, *settings
+        )
+        ctx.save_for_backward(x, pre, saved, w, phi, alpha, bias)
+        ctx.settings, ctx.accumulate = settings, False
+        ctx.set_materialize_grads(False)
+        return pre, post, res
+
+    @staticmethod
+    def backward(ctx: Any, dpre: Tensor | None, dpost: Tensor | None, dres: Tensor | None) -> Any:
+        x, pre, saved, w, phi, alpha, bias = ctx.saved_tensors
+        dx, _, _, _, *parameters = _boundary_backward(
+            ctx, None, None, dpre, dpost, dres, x, None, None, None, None, None, 0.0, x, pre, saved, w, phi, alpha, bias
+        )
+        return dx, *parameters, None
+
+
+def _boundary_backward(
+    ctx: Any, g: Tensor | None, du: Tensor | None, dpre: Tensor | None, dpost: Tensor | None, dres: Tensor | None,
+    x: Tensor, res: Tensor | None, post: Tensor | None, y: Tensor | None, y_bias: Tensor | None, seed: Tensor | None, p: float,
+    out: Tensor, pre: Tensor, saved: Tensor, w: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    mains: tuple[Tensor | None, ...] = _main_gradients((phi, alpha, bias)) if ctx.accumulate else (None, None, None)
+    settings = ctx.settings
+    gradients = boundary_operators.boundary_backward(
+        _contiguous(g), _contiguous(du), _contiguous(dpre), _contiguous(dpost), _contiguous(dres),
+        x, res, post, y, y_bias, seed, p, out, pre, saved, w, alpha, bias, *mains,
+        settings.iterations, settings.eps_sinkhorn, settings.hc,
+    )  # fmt: skip
+    if mains[0] is None:
+        return gradients
+    for parameter in (phi, alpha, bias):
+        parameter.grad_added_to_main_grad = True  # type: ignore[attr-defined]
+    # A gradient must arrive for Megatron's hook to run; it looks at the mark and drops this one.
+    return (*gradients[:4], *(torch.empty_like(parameter) for parameter in (phi, alpha, bias)))
+
+
+class Mix(torch.autograd.Function):
+    """``(x, res, post, y, y_bias) -> x'``: see `mhc_kernels.mix`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, res: Tensor, post: Tensor, y: Tensor, y_bias: Tensor | None, seed: Tensor | None, p: float
+    ) -> Tensor:
+        ctx.save_for_backward(x, res, post, y, y_bias, seed)
+        ctx.p = p
+        return single.mix(x, res, post, y, y_bias, seed, p)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Any:
+        x, res, post, y, y_bias, seed = ctx.saved_tensors
+        dx, dy, dres, dpost = single.mix_backward(g.contiguous(), x, res, post, y, y_bias, seed, ctx.p)
+        return dx, dres, dpost, dy, _bias_gradient(dy, y_bias), None, None
+
+
+class Aggregate(torch.autograd.Function):
+    """``(x, pre) -> u``: see `mhc_kernels.aggregate`."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, pre: Tensor) -> Tensor:
+        ctx.save_for_backward(x, pre)
+        return single.aggregate(x, pre)
+
+    @staticmethod
+    def backward(ctx: Any, du: Tensor) -> Any:
+        return single.aggregate_backward(du.contiguous(), *ctx.saved_tensors)
+
+
+class Sinkhorn(torch.autograd.Function):
+    """``logits -> H_res``: see `mhc_kernels.sinkhorn`."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, iterations: int, eps: float) -> Tensor:
+        ctx.save_for_backward(logits)
+        ctx.iterations, ctx.eps = iterations, eps
+        return single.sinkhorn(logits, iterations, eps)
+
+    @staticmethod
+    def backward(ctx: Any, dres: Tensor) -> Any:
+        (logits,) = ctx.saved_tensors
+        return single.sinkhorn_backward(dres.contiguous(), logits, ctx.iterations, ctx.eps), None, None

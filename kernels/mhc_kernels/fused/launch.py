@@ -1,0 +1,78 @@
+"""Launching a kernel with little host time: the compiled kernel is looked up by what it was compiled for and run directly.
+
+Triton's own launch path inspects every argument at every call (10 to 20 us); a boundary has seven launches. The direct path uses
+what Triton 3.6 has inside a compiled kernel; with any other release Triton's own path is taken.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton import knobs
+
+INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
+_DIRECT = triton.__version__.split(".")[:2] == ["3", "6"] and not INTERPRET
+_ALIGNMENT = 16  # bytes; what Triton specialises pointers on
+
+
+class CompileTimes:
+    """Kernels built (or loaded from Triton's cache) by this process, and the seconds that took."""
+
+    kernels = 0
+    seconds = 0.0
+
+
+class Launcher:
+    """A kernel, and its compiled versions.
+
+    Args:
+        kernel: a ``triton.jit`` function whose run-time arguments come first, its constexpr arguments after them.
+    """
+
+    def __init__(self, kernel: Any):
+        self.kernel = kernel
+        self._compiled: dict[tuple, Any] = {}
+
+    def __call__(
+        self, grid: int | tuple[int, int], tensors: tuple[Tensor, ...], scalars: tuple, meta: tuple, warps: int
+    ) -> None:
+        """Run on the current stream of the tensors' device. ``meta``: the constexpr arguments, in order."""
+        device = tensors[0].device
+        blocks = (grid, 1, 1) if isinstance(grid, int) else (*grid, 1)
+        if not _DIRECT or knobs.runtime.launch_enter_hook.calls:
+            self._by_triton(device, blocks, tensors, scalars, meta, warps)
+            return
+        # Tensors of one role have one dtype per meta, but for the streams' own: it is in the key with the alignments.
+        key = (meta, warps, device.index, *[(t.dtype, t.data_ptr() % _ALIGNMENT) for t in tensors])
+        compiled = self._compiled.get(key)
+        if compiled is None:
+            self._compiled[key] = self._by_triton(device, blocks, tensors, scalars, meta, warps)
+            return
+        if device.index != torch._C._cuda_getDevice():
+            with torch.cuda.device(device):
+                self._run(compiled, blocks, device.index, (*tensors, *scalars, *meta))
+        else:
+            self._run(compiled, blocks, device.index, (*tensors, *scalars, *meta))
+
+    @staticmethod
+    def _run(compiled: Any, blocks: tuple[int, int, int], device: int, arguments: tuple) -> None:
+        stream = torch._C._cuda_getCurrentRawStream(device)
+        compiled.run(*blocks, stream, compiled.function, compiled.packed_metadata, None, None, None, *arguments)
+
+    def _by_triton(
+        self, device: torch.device, blocks: tuple, tensors: tuple, scalars: tuple, meta: tuple, warps: int
+    ) -> Any:
+        started = time.perf_counter()
+        if device.type == "cuda":
+            with torch.cuda.device(device):
+                compiled = self.kernel[blocks](*tensors, *scalars, *meta, num_warps=warps)
+        else:  # the interpreter
+            compiled = self.kernel[blocks](*tensors, *scalars, *meta)
+        CompileTimes.kernels += 1
+        CompileTimes.seconds += time.perf_counter() - started
+        return compiled

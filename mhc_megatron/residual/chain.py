@@ -1,0 +1,74 @@
+"""The chain of sublayers: what one sublayer's add may compute for the next one, and how the next one finds it.
+
+An add that knows which sublayer comes next computes that one's mappings and input in the same pass that writes the streams
+(`mhc_kernels.boundary`), and leaves them on the tensor it returns. They are used only if the very tensor arrives: not another one
+(pipeline edge, a hook that replaces it), not changed in place, and with the same place in the autograd graph (an
+activation checkpoint returns its inner tensor with another history). Else the sublayer computes them itself, from what
+did arrive: a wrong guess about what comes next costs time, never correctness.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+_ATTRIBUTE = "_mhc_prepared"
+
+
+class Prepared(NamedTuple):
+    """What the streams' next reader needs: u ``[s, b, C]``, post ``[s, b, n]``, res ``[s, b, n, n]``."""
+
+    u: Tensor
+    post: Tensor
+    res: Tensor
+    reader: nn.Module
+    history: Any
+    version: int
+
+
+def prepare(hidden: Tensor, u: Tensor, post: Tensor, res: Tensor, reader: nn.Module) -> Tensor:
+    """Leave u, post and res on the streams for ``reader``; returns the streams."""
+    setattr(hidden, _ATTRIBUTE, Prepared(u, post, res, reader, hidden.grad_fn, hidden._version))
+    return hidden
+
+
+def take(hidden: Tensor, reader: nn.Module) -> Prepared | None:
+    """What was left on these streams for ``reader``, if it still holds; it is taken off the tensor in any case."""
+    prepared: Prepared | None = hidden.__dict__.pop(_ATTRIBUTE, None)
+    if prepared is None or prepared.reader is not reader:
+        return None
+    if prepared.history is not hidden.grad_fn or prepared.version != hidden._version:
+        return None
+    return prepared
+
+
+class Chain:
+    """Finds each sublayer's successor while a model is built: its layers are built in order.
+
+    A chain goes on as long as layer numbers do, in models of one TransformerConfig. Under full recompute it is cut
+    between layers: Megatron returns to each of its blocks from outside, so what the block before has prepared is never
+    there.
+    """
+
+    def __init__(self) -> None:
+        self._last: weakref.ref[nn.Module] | None = None
+        self._place: tuple[int, int] | None = None
+
+    def extend(self, config: Any, layer_number: int, inputs: list[Any]) -> None:
+        """Link the mHC inputs of one layer to each other and to the previous layer's last one."""
+        before: Any = None
+        if self._last is not None and self._place == (id(config), layer_number - 1):
+            before = self._last()
+        if config.recompute_granularity == "full":
+            before = None
+        for reader in inputs:
+            if before is not None:
+                before.set_successor(reader)
+            before = reader
+        self._last = weakref.ref(before) if before is not None else None
+        self._place = (id(config), layer_number)
+
+
+CHAIN = Chain()
