@@ -3,10 +3,11 @@
 With g the gradient of x' that comes from downstream, and da that of the projected values a = phi x':
 
 1. `mapping_backward_kernel`: ``dH_pre_j = du . x'_j`` (units: 1 + 4), the backward of gates and Sinkhorn: da, and the
-factor of x' that
-   the RMS contributes; and ``dphi = da^T x'``, a chunk of tokens at a time, shortly after, from the L2 cache.
-2. `stream_backward_kernel`: ``g += H_pre du + phi^T da + factor x'``, with x' recomputed from x and y (it is not read), then
+   factor of x' that the RMS contributes.
+2. `phi_backward_kernel`: ``dphi = da^T x'`` (4), partial sums over ranges of tokens.
+3. `stream_backward_kernel`: ``g += H_pre du + phi^T da + factor x'``, with x' recomputed from x and y (it is not read), then
    ``dx = H_res^T g``, ``dy = H_post . g``, ``dH_res_ij = g_i . x_j``, ``dH_post_i = g_i . y`` (units: 4 + 1 + 4 + 1 + 5).
+   Its first programs add up the partial sums of the parameters' gradients, in order: no atomics, the same bits every time.
 """
 
 import triton
@@ -35,90 +36,49 @@ def _total(value, exists):
 @triton.jit(do_not_specialize=["T", "MAPS"])
 def mapping_backward_kernel(
     du_ptr, x_ptr, dpre_ptr, dpost_ptr, dres_ptr, saved_ptr, alpha_ptr, bias_ptr,
-    da_ptr, factor_ptr, totals_ptr, pre_totals_ptr, dphi_ptr, flags_ptr, T, MAPS,
+    da_ptr, factor_ptr, totals_ptr, pre_totals_ptr, T, MAPS,
     N: tl.constexpr, P: tl.constexpr, C: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, RT: tl.constexpr, NT: tl.constexpr,
-    ITERATIONS: tl.constexpr, HC: tl.constexpr, EPS: tl.constexpr, AGGREGATE: tl.constexpr, ACCUMULATE: tl.constexpr,
-    BF16: tl.constexpr, DOT32: tl.constexpr,
+    ITERATIONS: tl.constexpr, HC: tl.constexpr, EPS: tl.constexpr, AGGREGATE: tl.constexpr, BF16: tl.constexpr,
     BS: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr, V: tl.constexpr, STAGES: tl.constexpr,
-    CHUNK: tl.constexpr, LAG: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, PHI_STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of the projected values (da), of phi, and factor [2, T]: x's factor from the RMS (two terms, one a kind
-    of program).
+    """Gradients of the projected values (da), and factor [2, T]: x's factor from the RMS (two terms, one a kind of program).
 
-    The first MAPS programs: BS tokens each, H_post and H_res from dpost [T, N] and dres [T, N*N]; H_pre from dpre [T,
-    N] as well, unless AGGREGATE. Then, for chunks of CHUNK tokens in order: programs that take dH_pre of BM tokens each
-    from du [T, C] and x [T, N, C] (AGGREGATE), and, LAG chunks later, while x is still in the L2 cache, those of ``dphi
-    += da^T x``, BK columns each.
+    The first MAPS programs: BS tokens each, H_post and H_res from dpost [T, N] and dres [T, N*N]; H_pre from
+    dpre [T, N] as well, unless AGGREGATE: then the programs after them take dH_pre of BM tokens each from du [T, C] and
+    x [T, N, C].
 
     totals [MAPS, RT]: sums over the program's tokens for dbias (R), then dalpha (3); pre_totals [programs, NT]: dbias
     (N), dalpha (1).
-    flags: int32 zeros: a ticket, programs done a chunk, chunks done a block of columns (dphi is summed in the order of tokens).
     """
-    K: tl.constexpr = N * C
-    COLUMNS: tl.constexpr = (K + BK - 1) // BK
-    ROWS: tl.constexpr = CHUNK // BM if AGGREGATE else 0
-    chunks = tl.cdiv(T, CHUNK)
-    ready_ptr = flags_ptr + 1
-    # Programs start in the order of their tickets, whatever order the hardware takes: who waits, waits for one that runs.
-    ticket = tl.atomic_add(flags_ptr, 1, sem="relaxed")
-    if ticket < MAPS:
+    if tl.program_id(0) < MAPS:
         _maps_backward(
-            dpre_ptr, dpost_ptr, dres_ptr, saved_ptr, alpha_ptr, bias_ptr, da_ptr, factor_ptr, totals_ptr, T, ticket,
+            dpre_ptr, dpost_ptr, dres_ptr, saved_ptr, alpha_ptr, bias_ptr, da_ptr, factor_ptr, totals_ptr, T,
+            tl.program_id(0),
             N, P, C, R, RP, RT, ITERATIONS, HC, EPS, AGGREGATE, BF16, BS,
         )  # fmt: skip
-        _signal(ready_ptr + ticket * BS // CHUNK)
     else:
-        turn = (ticket - MAPS) // (ROWS + COLUMNS)
-        index = (ticket - MAPS) % (ROWS + COLUMNS)
-        if index < ROWS:
-            if turn < chunks:
-                _aggregate_backward(
-                    du_ptr, x_ptr, saved_ptr, alpha_ptr, bias_ptr, da_ptr, factor_ptr, pre_totals_ptr, T, turn * ROWS + index,
-                    N, C, R, RP, NT, HC, BF16, BM, BC, V, STAGES,
-                )  # fmt: skip
-                _signal(ready_ptr + turn)
-        else:
-            chunk = turn - LAG
-            if chunk >= 0:
-                maps = tl.minimum(MAPS - chunk * (CHUNK // BS), CHUNK // BS)
-                _wait(ready_ptr + chunk, maps + ROWS)
-                column = index - ROWS
-                _phi_backward(
-                    da_ptr, x_ptr, dphi_ptr, ready_ptr + chunks + column, T, chunk, column, K, R, RP, ACCUMULATE, BF16, DOT32,
-                    CHUNK, BT, BK, PHI_STAGES,
-                )  # fmt: skip
+        _aggregate_backward(
+            du_ptr, x_ptr, saved_ptr, alpha_ptr, bias_ptr, da_ptr, factor_ptr, pre_totals_ptr, T,
+            tl.program_id(0) - MAPS,
+            N, C, R, RP, NT, HC, BF16, BM, BC, V, STAGES,
+        )  # fmt: skip
 
 
-@triton.jit
-def _signal(flag_ptr):
-    """Count this program's work as done, after all that its threads have written."""
-    tl.debug_barrier()
-    tl.atomic_add(flag_ptr, 1, sem="release")
-
-
-@triton.jit
-def _wait(flag_ptr, count):
-    """Until ``count`` programs have signalled."""
-    seen = tl.atomic_add(flag_ptr, 0, sem="acquire")
-    while seen < count:
-        seen = tl.atomic_add(flag_ptr, 0, sem="acquire")
-    tl.debug_barrier()
-
-
-@triton.jit
-def _phi_backward(
-    da_ptr, x_ptr, dphi_ptr, turn_ptr, T, chunk, column,
-    K: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, ACCUMULATE: tl.constexpr, BF16: tl.constexpr, DOT32: tl.constexpr,
-    CHUNK: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
+@triton.jit(do_not_specialize=["T", "RANGE"])
+def phi_backward_kernel(
+    da_ptr, x_ptr, partials_ptr, T, RANGE,
+    K: tl.constexpr, RP: tl.constexpr, BF16: tl.constexpr, DOT32: tl.constexpr,
+    BM: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """dphi [R, K] += ``da^T x`` over one chunk of tokens, after the chunks before it."""
-    columns = column * BK + tl.arange(0, BK)
+    """partials [parts, RP, K]: ``da^T x`` over RANGE tokens (a multiple of BM) each; x [T, K]."""
+    columns = tl.program_id(0) * BK + tl.arange(0, BK)
     inside = (columns < K)[None, :]
     NW: tl.constexpr = 2 * RP if BF16 else RP
     rn = tl.arange(0, NW)
     acc = tl.zeros((NW, BK), tl.float32)
-    for t in tl.range(0, CHUNK, BT, num_stages=STAGES):
-        rows = chunk * CHUNK + t + tl.arange(0, BT)
+    first = tl.program_id(1) * RANGE
+    for t in tl.range(first, tl.minimum(first + RANGE, T), BM, num_stages=STAGES):
+        rows = t + tl.arange(0, BM)
         at = rows.to(tl.int64)[:, None]
         exists = (rows < T)[:, None]
         if K % BK == 0:
@@ -132,14 +92,9 @@ def _phi_backward(
             acc = tl.dot(tl.trans(da), x, acc)
     if BF16:
         acc = tl.sum(tl.reshape(acc, (2, RP, BK)), axis=0)
-    r = tl.arange(0, RP)[:, None]
-    out = dphi_ptr + r * K + columns[None, :]
-    mask = inside & (r < R)
-    _wait(turn_ptr, chunk)
-    # Not through L1, which may hold what an earlier chunk's program on this multiprocessor read.
-    before = tl.load(out, mask=mask & ((chunk > 0) | ACCUMULATE), other=0.0, cache_modifier=".cg")
-    tl.store(out, acc + before, mask=mask)
-    _signal(turn_ptr)
+    r = tl.arange(0, RP)
+    out = partials_ptr + (tl.program_id(1).to(tl.int64) * RP + r[:, None]) * K + columns[None, :]
+    tl.store(out, acc, mask=inside)
 
 
 @triton.jit
@@ -240,31 +195,37 @@ def _aggregate_backward(
     tl.store(factor_ptr + T + at, -dr * r * r * r / (N * C), mask=exists)
 
 
-@triton.jit(do_not_specialize=["T", "TOTALS", "PRE_TOTALS"])
+@triton.jit(do_not_specialize=["T", "TOTALS", "PRE_TOTALS", "PARTS"])
 def stream_backward_kernel(
     g_ptr, du_ptr, x_ptr, y_ptr, y_bias_ptr, seed_ptr, res_ptr, post_ptr, pre_ptr, da_ptr, factor_ptr, w_ptr,
-    dx_ptr, dy_ptr, dres_ptr, dpost_ptr, totals_ptr, pre_totals_ptr, dalpha_ptr, dbias_ptr, T, TOTALS, PRE_TOTALS, p_drop,
+    dx_ptr, dy_ptr, dres_ptr, dpost_ptr,
+    totals_ptr, pre_totals_ptr, partials_ptr, dalpha_ptr, dbias_ptr, dphi_ptr, T, TOTALS, PRE_TOTALS, PARTS, p_drop,
     N: tl.constexpr, P: tl.constexpr, C: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, RT: tl.constexpr, NT: tl.constexpr,
     MIX: tl.constexpr, AGGREGATE: tl.constexpr, PROJECT: tl.constexpr, G: tl.constexpr,
     BIAS: tl.constexpr, DROPOUT: tl.constexpr, BF16: tl.constexpr, DOT32: tl.constexpr, ACCUMULATE: tl.constexpr,
-    BM: tl.constexpr, BC: tl.constexpr, V: tl.constexpr, STAGES: tl.constexpr,
+    BM: tl.constexpr, BC: tl.constexpr, V: tl.constexpr, STAGES: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
     """Gradients of the streams and of the sublayer's output, BM tokens a program.
 
     g [T, N, C] from downstream (0 unless G); du [T, C] and pre [T, N] if AGGREGATE; da, factor [2, T] and w
     (`pack_kernel`'s backward array) if PROJECT. With MIX: dx [T, N, C], dy [T, C], dres [T, N*N], dpost [T, N];
-    without: dx alone (x is x'). With PROJECT the first program, instead, adds up dalpha [3] and dbias [R] (to what is
-    there, if ACCUMULATE).
+    without: dx alone (x is x').
+
+    With PROJECT the first programs add up the parameters' partial sums (to what is there, if ACCUMULATE: Megatron's
+    main_grad): dalpha [3] and dbias [R]; dphi [R, N*C], BR elements each.
     """
     if PROJECT:
+        REDUCE: tl.constexpr = 1 + (R * N * C + BR - 1) // BR
         if tl.program_id(0) == 0:
             _reduce_gates(
                 totals_ptr, pre_totals_ptr, dalpha_ptr, dbias_ptr, TOTALS, PRE_TOTALS, N, R, RT, NT, ACCUMULATE
             )
+        elif tl.program_id(0) < REDUCE:
+            _reduce_phi(partials_ptr, dphi_ptr, PARTS, tl.program_id(0) - 1, N * C, R, RP, ACCUMULATE, BR)
         else:
             _stream_backward(
                 g_ptr, du_ptr, x_ptr, y_ptr, y_bias_ptr, seed_ptr, res_ptr, post_ptr, pre_ptr, da_ptr, factor_ptr, w_ptr,
-                dx_ptr, dy_ptr, dres_ptr, dpost_ptr, T, p_drop, tl.program_id(0) - 1,
+                dx_ptr, dy_ptr, dres_ptr, dpost_ptr, T, p_drop, tl.program_id(0) - REDUCE,
                 N, P, C, R, RP, MIX, AGGREGATE, PROJECT, G, BIAS, DROPOUT, BF16, DOT32, BM, BC, V, STAGES,
             )  # fmt: skip
     else:
@@ -361,6 +322,21 @@ def _stream_backward(
             for j in tl.static_range(N):
                 tl.store(dres_ptr + at * (N * N) + (i * N + j), tl.sum(dots[i * (N + 1) + j], 1), mask=exists)
             tl.store(dpost_ptr + at * N + i, tl.sum(dots[i * (N + 1) + N], 1), mask=exists)
+
+
+@triton.jit
+def _reduce_phi(
+    partials_ptr, dphi_ptr, PARTS, program,
+    K: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, ACCUMULATE: tl.constexpr, BR: tl.constexpr,
+):  # fmt: skip
+    k = program * BR + tl.arange(0, BR)
+    inside = k < R * K
+    total = tl.zeros((BR,), tl.float32)
+    at = partials_ptr + k
+    for _ in tl.range(0, PARTS):
+        total += tl.load(at, mask=inside, other=0.0)
+        at += RP * K
+    _deliver(total, dphi_ptr + k, inside, ACCUMULATE)
 
 
 @triton.jit

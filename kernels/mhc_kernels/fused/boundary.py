@@ -2,7 +2,7 @@
 
 ``boundary`` mixes a sublayer's output into the streams, computes the next sublayer's mappings from the result, and what
 that sublayer
-reads: pack + 2 launches. ``boundary_backward`` is all of its gradients: 2 launches, and one that zeroes counters.
+reads: pack + 2 launches. ``boundary_backward`` is all of its gradients: 3 launches.
 Without y, the streams are taken as they are.
 """
 
@@ -14,12 +14,13 @@ from torch import Tensor
 from mhc_kernels.fused import backward, configs, forward, pack
 from mhc_kernels.fused.launch import Launcher
 from mhc_kernels.fused.library import Sizes, cdiv, operator
-from mhc_kernels.fused.single import Gates, launch_mix_project, launch_stream_backward
+from mhc_kernels.fused.single import Partials, launch_mix_project, launch_stream_backward
 from mhc_kernels.reference import streams_of
 
 _pack = Launcher(pack.pack_kernel)
 _map_aggregate = Launcher(forward.map_aggregate_kernel)
 _mapping_backward = Launcher(backward.mapping_backward_kernel)
+_phi_backward = Launcher(backward.phi_backward_kernel)
 
 Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
@@ -170,27 +171,34 @@ def boundary_backward(
     if main_phi is not None and main_alpha is not None and main_bias is not None:
         dphi, dalpha, dbias = main_phi, main_alpha, main_bias
 
-    c = configs.mapping_backward(s.n, s.c, s.itemsize)
-    chunks, columns = cdiv(s.t, c.CHUNK), cdiv(s.n * s.c, c.BK)
-    maps, rows = cdiv(s.t, c.BS), 0 if du is None else c.CHUNK // c.BM
+    c = configs.mapping_backward(s.n, s.c, s.t, s.itemsize)
+    maps, rows = cdiv(s.t, configs.token_block(s.n)), 0 if du is None else cdiv(s.t, c.BM)
     da = torch.empty((s.t, s.width), dtype=s.product_dtype, device=device)
     factor = torch.empty((2, s.t), dtype=torch.float32, device=device)
     totals = torch.empty((maps, s.padded_totals), dtype=torch.float32, device=device)
-    pre_totals = torch.empty((chunks * rows, s.padded_pre), dtype=torch.float32, device=device)
-    flags = torch.zeros(1 + chunks + columns, dtype=torch.int32, device=device)
+    pre_totals = torch.empty((rows, s.padded_pre), dtype=torch.float32, device=device)
     meta = (
         s.n, s.padded_streams, s.c, s.rows, s.padded_rows, s.padded_totals, s.padded_pre,
-        iterations, hc, eps_sinkhorn, du is not None, accumulates, s.bf16, s.dot32, *c[:-1],
+        iterations, hc, eps_sinkhorn, du is not None, s.bf16, configs.token_block(s.n), c.BM, c.BC, c.V, c.STAGES,
     )  # fmt: skip
     _mapping_backward(
-        maps + (chunks + c.LAG) * (rows + columns),
+        maps + rows,
         (x if du is None else du, out, alpha if dpre is None else dpre, dpost_out, dres_out, saved, alpha, bias,
-         da, factor, totals, pre_totals, dphi, flags),
+         da, factor, totals, pre_totals),
         (s.t, maps),
         meta,
         c.warps,
     )  # fmt: skip
+
+    k = s.n * s.c
+    columns = configs.phi_backward(s.n, s.c, s.t, s.itemsize)
+    length = cdiv(cdiv(s.t, columns.PARTS), columns.BM) * columns.BM
+    parts = cdiv(s.t, length)
+    partials = torch.empty((parts, s.padded_rows, k), dtype=torch.float32, device=device)
+    shape = (k, s.padded_rows, s.bf16, s.dot32, columns.BM, columns.BK, columns.STAGES)
+    _phi_backward((cdiv(k, columns.BK), parts), (da, out, partials), (s.t, length), shape, columns.warps)
+
     mixed = (None, None, None) if y is None else (dy, dres, dpost)
-    gates = Gates(totals, pre_totals, dalpha, dbias, accumulates)
-    launch_stream_backward(s, g, du, x, y, y_bias, seed, p, res, post, pre, da, factor, w, (dx, *mixed), gates)
+    sums = Partials(totals, pre_totals, partials, dalpha, dbias, dphi, accumulates)
+    launch_stream_backward(s, g, du, x, y, y_bias, seed, p, res, post, pre, da, factor, w, (dx, *mixed), sums)
     return gradients

@@ -43,7 +43,7 @@ def mix_project(n: int, c: int, t: int, itemsize: int) -> Rows:
 
 
 def aggregate(n: int, c: int, t: int, itemsize: int) -> Rows:
-    """Configuration of `map_aggregate_kernel`, `mapping_backward_kernel` and the kernels of `aggregate`."""
+    """Configuration of `map_aggregate_kernel` and the kernels of `aggregate`."""
     if n > 4 or itemsize == 4:
         return _fit(Rows(8, 128, 8, 1, 2, 4), t, c)
     return _fit(Rows(4, 512, 8, 1, 3, 4), t, c)
@@ -54,6 +54,16 @@ def stream_backward(n: int, c: int, t: int, itemsize: int) -> Rows:
     if itemsize == 4 or n > 4:
         return _fit(Rows(16, 32, 8, 1, 2, 4), t, c)
     return _fit(Rows(16, 64, 4, 1, 3, 4), t, c)
+
+
+def mapping_backward(n: int, c: int, t: int, itemsize: int) -> Rows:
+    """Configuration of `mapping_backward_kernel`."""
+    if n > 4 or itemsize == 4:
+        return _fit(Rows(8, 128, 8, 1, 2, 4), t, c)
+    return _fit(Rows(16, 128, 8, 1, 3, 4), t, c)
+
+
+REDUCE_BLOCK = 8192 if INTERPRET else 2048  # elements of dphi a program adds up
 
 
 def token_block(n: int) -> int:
@@ -69,30 +79,22 @@ def pack(n: int, c: int) -> int:
     return min(power_of_two(c), 256 if INTERPRET else max(1, 8192 // padded))
 
 
-class MappingBackward(NamedTuple):
-    """`mapping_backward_kernel`: BS tokens a program of the maps; BM tokens by BC channels a tile of du . x; chunks of
-    CHUNK tokens; dphi LAG chunks later, BT tokens by BK columns a tile.
-    """
+class Columns(NamedTuple):
+    """BM tokens by BK columns a tile; the tokens in PARTS ranges."""
 
-    BS: int
     BM: int
-    BC: int
-    V: int
-    STAGES: int
-    CHUNK: int
-    LAG: int
-    BT: int
     BK: int
-    PHI_STAGES: int
+    PARTS: int
+    STAGES: int
     warps: int
 
 
-def mapping_backward(n: int, c: int, itemsize: int) -> MappingBackward:
-    """Configuration of `mapping_backward_kernel`. A chunk of x is 10 MB or a little more: it has to stay in L2."""
-    chunk = max(128, min(1024, power_of_two(10_000_000 // (n * c * itemsize)) // 2))
-    config = MappingBackward(token_block(n), 2, 1024, 8, 1, chunk, 2, 64, 128, 3, 4)
+def phi_backward(n: int, c: int, t: int, itemsize: int) -> Columns:
+    """Configuration of `phi_backward_kernel`: as many parts as fill 132 multiprocessors twice, once."""
+    config = Columns(64, 128, 1, 3, 4)
     if itemsize == 4 or n > 5:
-        config = config._replace(BC=256, STAGES=2, BT=32, BK=64, PHI_STAGES=2)
+        config = Columns(32, 64, 1, 2, 4)
     if INTERPRET:
-        config = config._replace(BM=64, BC=256, CHUNK=64, BT=64, BK=256, LAG=1)
-    return config._replace(BC=min(config.BC, power_of_two(c, 16)), BK=min(config.BK, power_of_two(n * c, 16)))
+        return Columns(64, min(256, power_of_two(n * c, 16)), 2, 1, 4)
+    blocks = -(-n * c // config.BK)
+    return config._replace(BK=min(config.BK, power_of_two(n * c, 16)), PARTS=max(1, min(16, 264 // blocks)))

@@ -35,21 +35,23 @@ def launch_mix_project(
     _mix_project(cdiv(s.t, config.BM) * config.SPLIT, tensors, (s.t, p), meta, config.warps)
 
 
-class Gates(NamedTuple):
-    """Partial sums of the gradients of alpha and bias, and where their totals go."""
+class Partials(NamedTuple):
+    """Partial sums of the parameters' gradients, and where their totals go (added to what is there, if accumulates)."""
 
     totals: Tensor
     pre_totals: Tensor
+    phi: Tensor
     dalpha: Tensor
     dbias: Tensor
+    dphi: Tensor
     accumulates: bool
 
 
 def launch_stream_backward(
-    s: Sizes, g: Tensor | None, du: Tensor | None, x: Tensor, y: Tensor | None, y_bias: Tensor | None, seed: Tensor |
-    None, p: float,
-    res: Tensor | None, post: Tensor | None, pre: Tensor | None, da: Tensor | None, factor: Tensor | None, w: Tensor | None,
-    out: tuple[Tensor, Tensor | None, Tensor | None, Tensor | None], gates: Gates | None,
+    s: Sizes, g: Tensor | None, du: Tensor | None, x: Tensor, y: Tensor | None, y_bias: Tensor | None,
+    seed: Tensor | None, p: float, res: Tensor | None, post: Tensor | None, pre: Tensor | None,
+    da: Tensor | None, factor: Tensor | None, w: Tensor | None,
+    out: tuple[Tensor, Tensor | None, Tensor | None, Tensor | None], partials: Partials | None,
 ) -> None:  # fmt: skip
     """`stream_backward_kernel`: through the mix if y is given, the aggregation if du is, the projection if da is.
 
@@ -57,20 +59,22 @@ def launch_stream_backward(
     """
     dx, dy, dres, dpost = out
     config = configs.stream_backward(s.n, s.c, s.t, s.itemsize)
-    totals, pre_totals, dalpha, dbias, accumulates = gates if gates is not None else (x, x, x, x, False)
+    sums, accumulates = ((x,) * 6, False) if partials is None else (partials[:6], partials.accumulates)
+    counts = (0, 0, 0) if partials is None else tuple(t.shape[0] for t in partials[:3])
     tensors = (
         _or(g, x), _or(du, x), x, _or(y, x), _or(y_bias, x), _or(seed, x), _or(res, x), _or(post, x), _or(pre, x),
-        _or(da, x), _or(factor, x), _or(w, x), dx, _or(dy, x), _or(dres, x), _or(dpost, x), totals, pre_totals, dalpha, dbias,
+        _or(da, x), _or(factor, x), _or(w, x), dx, _or(dy, x), _or(dres, x), _or(dpost, x), *sums,
     )  # fmt: skip
-    rows = (totals.shape[0], pre_totals.shape[0]) if gates is not None else (0, 0)
     meta = (
         s.n, s.padded_streams, s.c, s.rows, s.padded_rows, s.padded_totals, s.padded_pre,
         y is not None, du is not None, da is not None, g is not None,
         y_bias is not None, seed is not None, s.bf16, s.dot32, accumulates,
-        config.BM, config.BC, config.V, config.STAGES,
+        config.BM, config.BC, config.V, config.STAGES, configs.REDUCE_BLOCK,
     )  # fmt: skip
-    programs = cdiv(s.t, config.BM) + (da is not None)
-    _stream_backward(programs, tensors, (s.t, *rows, p), meta, config.warps)
+    programs = cdiv(s.t, config.BM)
+    if partials is not None:
+        programs += 1 + cdiv(s.rows * s.n * s.c, configs.REDUCE_BLOCK)
+    _stream_backward(programs, tensors, (s.t, *counts, p), meta, config.warps)
 
 
 def _or(tensor: Tensor | None, other: Tensor) -> Tensor:
