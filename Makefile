@@ -2,13 +2,16 @@
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test lint format clean
+.PHONY: quickstart test bench lint format clean
 
 quickstart: $(VENV)/.ready
 	$(BIN)/python -m mhc_megatron quickstart
 
 test: $(VENV)/.ready
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+bench: $(VENV)/.ready
+	$(BIN)/python kernels/benchmarks/boundary.py $(BENCH_ARGS)
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .

@@ -16,23 +16,65 @@ _logger = logging.getLogger(__name__)
 
 
 def check_backend(mhc_config: MHCConfig, config: Any, hidden_size: int) -> None:
-    """Check MHCConfig.backend against the model.
+    """Check MHCConfig.backend against the model, and build its kernels where that is Triton.
+
+    Args:
+        mhc_config: settings.
+        config: Megatron's TransformerConfig.
+        hidden_size: C.
 
     Raises:
         ValueError: for backend ``triton`` where its kernels can't run.
     """
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    on_gpu = torch.cuda.is_available()
+    device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
     reason = why_not_triton(mhc_config.num_streams, hidden_size, config.params_dtype, device)
-    if mhc_config.backend == "triton" and reason is not None:
-        raise ValueError(f"MHCConfig.backend 'triton' (--mhc-backend): {reason}; use 'auto' or 'reference'")
     if mhc_config.backend == "reference":
         _report("reference, as asked for: plain PyTorch, slow")
-    elif reason is None and device.type == "cuda":
-        _report("triton")
+    elif reason is None and on_gpu:
+        _build(
+            mhc_config,
+            hidden_size,
+            config.params_dtype,
+            bool(config.add_bias_linear),
+            float(config.hidden_dropout),
+            bool(config.gradient_accumulation_fusion),
+            device,
+        )
     elif mhc_config.backend == "triton":
+        if reason is not None:
+            raise ValueError(f"MHCConfig.backend 'triton' (--mhc-backend): {reason}; use 'auto' or 'reference'")
         _report("triton, interpreted: for tests")
     else:
         _report(f"reference: {reason}")
+
+
+@cache
+def _build(
+    mhc_config: MHCConfig,
+    width: int,
+    dtype: torch.dtype,
+    output_bias: bool,
+    dropout_p: float,
+    accumulate: bool,
+    device: torch.device,
+) -> None:
+    from mhc_kernels.fused.warm_up import warm_up
+
+    kernels, seconds = warm_up(
+        mhc_config.num_streams,
+        width,
+        dtype,
+        iterations=mhc_config.sinkhorn_iterations,
+        eps=mhc_config.eps,
+        profile=mhc_config.profile,
+        mode=mhc_config.mode,
+        output_bias=output_bias,
+        dropout_p=dropout_p,
+        accumulate=accumulate,
+        device=device,
+    )
+    _report(f"triton ({kernels} kernels compiled, or loaded from Triton's cache, in {seconds:.1f} s)")
 
 
 @cache

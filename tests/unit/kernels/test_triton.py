@@ -501,3 +501,27 @@ def test_captured_in_a_cuda_graph() -> None:
     graph.replay()
     for a, b in zip(captured, expected, strict=True):
         assert torch.equal(a, b)
+
+
+def test_warm_up_builds_all_that_a_chain_needs() -> None:
+    """After it, nothing is built at the first step; the random state is where it was."""
+    from mhc_kernels.fused.launch import CompileTimes
+    from mhc_kernels.fused.warm_up import warm_up
+
+    settings = {"output_bias": True, "dropout_p": 0.1, "device": DEVICE}
+    state = torch.get_rng_state(), torch.cuda.get_rng_state() if ON_GPU else torch.get_rng_state()
+    kernels, _ = warm_up(4, 32, torch.float32, **settings)
+    assert torch.equal(torch.get_rng_state(), state[0])
+    if ON_GPU:  # interpreted kernels are never built
+        assert torch.equal(torch.cuda.get_rng_state(), state[1])
+        built = CompileTimes.kernels
+        case = Case(40, 4, 32)
+        leaves = case.leaves()
+        x, _, post, res = connect(leaves["x"], *(leaves[k] for k in PARAMETERS))
+        results = boundary(**{**leaves, "x": x, "post": post, "res": res}, dropout_p=0.1)
+        out = mix(results[0], results[3], results[2], leaves["y"], leaves["bias"], dropout_p=0.1)
+        torch.autograd.backward((aggregate(out, results[2]), results[1]), (case.gradients[1],) * 2)
+        assert CompileTimes.kernels == built
+        assert warm_up(4, 32, torch.float32, **settings) == (0, 0.0)
+    else:
+        assert kernels > 0

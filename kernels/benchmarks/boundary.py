@@ -1,0 +1,164 @@
+"""Our boundary against its peers and against the memory, side by side in one process.
+
+    python kernels/benchmarks/boundary.py [--shapes 8192x2560 ...] [--peers te,reference,compile,separate] [--json FILE]
+
+For each shape: GPU time of forward and of forward + backward as CUDA graphs (L2 flushed, median), the same eagerly, and
+the share of the two-pass byte bound (every tensor touched once in each of two passes: 14 and 34 units of C elements a
+token, n = 4) at the bandwidth that ``torch.add`` reaches on this GPU in the same run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import cases
+from timing import bandwidth, gpu_us, graph_us, host_us, launches
+
+PEERS = ("te", "reference", "compile", "separate")
+
+
+def _transformer_engine(inputs: cases.Inputs, only: list[str] | None) -> dict[str, Any]:
+    from transformer_engine_peer import VARIANTS, TransformerEngineCase
+
+    return {f"TE {k}": TransformerEngineCase(inputs, **v) for k, v in VARIANTS.items() if only is None or k in only}
+
+
+def measure(name: str, case: Any, row: dict[str, Any]) -> dict[str, Any]:
+    """Times of one implementation; a failure is reported and does not stop the others."""
+    started = time.perf_counter()
+    try:
+        case.forward_backward()
+        torch.cuda.synchronize()
+        warm = time.perf_counter() - started
+        result = {
+            **row,
+            "name": name,
+            "warm_up_s": warm,
+            "forward_us": graph_us(case.forward),
+            "both_us": graph_us(case.forward_backward),
+            "eager_forward_us": gpu_us(case.forward, 15),
+            "eager_both_us": gpu_us(case.forward_backward, 15),
+            "launches": launches(case.forward_backward),
+        }
+    except Exception as error:  # one peer must not end the run
+        result = {**row, "name": name, "error": f"{type(error).__name__}: {error}"[:200]}
+    gc.collect()
+    torch.cuda.empty_cache()
+    return result
+
+
+def _print(result: dict[str, Any], bytes_per_second: float) -> None:
+    t, c, n = result["t"], result["c"], result["n"]
+    head = f"{t:6d} {c:5d} {n:2d}  {result['name']:22s}"
+    if "error" in result:
+        print(f"{head} {result['error']}", flush=True)
+        return
+    unit = t * c * 2 / bytes_per_second * 1e6
+    forward, both = cases.FORWARD_UNITS[n] * unit, cases.UNITS[n] * unit
+    print(
+        f"{head} {result['forward_us']:8.1f} {forward / result['forward_us']:5.0%} {result['both_us']:9.1f} "
+        f"{both / result['both_us']:5.0%} {result['eager_forward_us']:9.1f} {result['eager_both_us']:9.1f} "
+        f"{result['launches']:4d} {result['warm_up_s']:7.1f}",
+        flush=True,
+    )
+
+
+def run(
+    shapes: list[tuple[int, int]], peers: list[str], variants: list[str] | None, streams: list[int]
+) -> list[dict[str, Any]]:
+    """All measurements of record, printed as they come."""
+    speed = bandwidth()
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, add {speed / 1e12:.2f} TB/s; microseconds")
+    print("     T     C  n  implementation          forward bound forward+b bound   eager f eager f+b runs warm-up s")
+    results: list[dict[str, Any]] = []
+    for t, c in shapes:
+        for n in streams if (t, c) == (8192, 2560) else [4]:
+            inputs = cases.make_inputs(t, c, n)
+            row = {"t": t, "c": c, "n": n, "bytes_per_second": speed}
+            todo: dict[str, Callable[[], Any]] = {"fused": lambda i=inputs: cases.Case(cases.fused, i)}
+            if "separate" in peers:
+                todo["separate"] = lambda i=inputs: cases.Case(cases.separate, i)
+            if "reference" in peers:
+                todo["reference"] = lambda i=inputs: cases.Case(cases.reference, i)
+            if "compile" in peers:
+                todo["torch.compile"] = lambda i=inputs: cases.Case(torch.compile(cases.reference, dynamic=False), i)
+            for name, make in todo.items():
+                results.append(measure(name, make(), row))
+                _print(results[-1], speed)
+            if "te" in peers and n == 4:
+                for name, case in _transformer_engine(inputs, variants).items():
+                    results.append(measure(name, case, row))
+                    _print(results[-1], speed)
+            a, b = inputs.y, inputs.gradients[1]
+            add = {**row, "name": "residual add", "forward_us": graph_us(lambda a=a, b=b: a + b)}
+            results.append(add)
+            print(f"{t:6d} {c:5d} {n:2d}  residual add           {add['forward_us']:8.1f}", flush=True)
+    _ratios(results)
+    return results
+
+
+def _ratios(results: list[dict[str, Any]]) -> None:
+    """Ours to the best variant of Transformer Engine at each shape (the best forward and the best in all, separately)."""
+    for t, c in dict.fromkeys((r["t"], r["c"]) for r in results):
+        here = [r for r in results if (r["t"], r["c"], r["n"]) == (t, c, 4) and "both_us" in r]
+        theirs = [r for r in here if r["name"].startswith("TE ")]
+        ours = next((r for r in here if r["name"] == "fused"), None)
+        if ours and theirs:
+            best, best_forward = min(r["both_us"] for r in theirs), min(r["forward_us"] for r in theirs)
+            print(
+                f"T {t} C {c}: fused / best TE: forward + backward {ours['both_us']:.0f} / {best:.0f} = "
+                f"{ours['both_us'] / best:.3f}, forward {ours['forward_us']:.0f} / {best_forward:.0f} = "
+                f"{ours['forward_us'] / best_forward:.3f}"
+            )
+
+
+def host_time() -> dict[str, float]:
+    """Host time of a boundary, at a size where the GPU keeps up."""
+    case = cases.Case(cases.fused, cases.make_inputs(64, 1280))
+    for _ in range(5):
+        case.forward_backward()
+    both, forward = host_us(case.forward_backward), host_us(case.forward)
+    print(f"host time of one boundary: forward + backward {both:.0f} us (forward {forward:.0f})")
+    return {"host_both_us": both, "host_forward_us": forward}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shapes", nargs="+", default=[f"{t}x{c}" for t, c in cases.SHAPES], metavar="TxC")
+    parser.add_argument("--peers", default="te,reference,compile,separate", help=f"of {', '.join(PEERS)}; or none")
+    parser.add_argument("--te-variants", default=None, help="names, separated by ';'")
+    parser.add_argument("--streams", nargs="+", type=int, default=[4, 2, 8], help="n, at 8192x2560")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.error("a benchmark needs a CUDA GPU")
+    peers = [p for p in options.peers.split(",") if p != "none"]
+    if unknown := set(peers) - set(PEERS):
+        parser.error(f"--peers {', '.join(unknown)}: choose from {', '.join(PEERS)}")
+    if "te" in peers:
+        try:
+            import transformer_engine_peer  # noqa: F401
+        except ImportError as error:
+            print(f"Transformer Engine is not here ({error}): left out")
+            peers.remove("te")
+    shapes = [tuple(map(int, shape.split("x"))) for shape in options.shapes]
+    variants = options.te_variants.split(";") if options.te_variants else None
+    host = host_time()
+    results = run(shapes, peers, variants, options.streams)  # type: ignore[arg-type]
+    if options.json:
+        options.json.write_text(json.dumps({"host": host, "results": results}, indent=1))
+
+
+if __name__ == "__main__":
+    main()

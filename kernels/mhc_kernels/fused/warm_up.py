@@ -1,0 +1,67 @@
+"""Building the kernels before they are needed: the first training step then waits for no compiler."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from mhc_kernels import ops
+from mhc_kernels.fused.launch import CompileTimes
+
+
+def warm_up(
+    streams: int,
+    width: int,
+    dtype: torch.dtype,
+    *,
+    iterations: int = 20,
+    eps: float = 1e-6,
+    profile: str = "paper",
+    mode: str = "mhc",
+    output_bias: bool = False,
+    dropout_p: float = 0.0,
+    accumulate: bool = False,
+    device: torch.device | str = "cuda",
+) -> tuple[int, float]:
+    """Compile, or load from Triton's cache, what a chain of sublayers runs: forward and backward, the random state unchanged.
+
+    Args:
+        streams, width, dtype: n, C and dtype of the streams.
+        iterations, eps, profile, mode, accumulate: as in `mhc_kernels.connect`.
+        output_bias, dropout_p: whether sublayers return a bias with their output, and the probability of dropout on it.
+        device: where.
+
+    Returns:
+        (kernels, seconds) that were built; (0, 0.0) if all of them were there.
+    """
+    kernels, seconds = CompileTimes.kernels, CompileTimes.seconds
+    tokens, rows = 16, streams * streams + 2 * streams
+
+    def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.zeros(shape, dtype=dtype, device=device, requires_grad=True)
+
+    x, y = zeros(tokens, streams, width, dtype=dtype), zeros(tokens, width, dtype=dtype)
+    bias = zeros(width, dtype=dtype) if output_bias else None
+    parameters = (zeros(rows, streams * width), zeros(3), zeros(rows))
+    if accumulate:
+        for parameter in parameters:
+            parameter.main_grad = torch.zeros_like(parameter)  # type: ignore[attr-defined]
+    settings: dict[str, Any] = {
+        "iterations": iterations,
+        "eps": eps,
+        "profile": profile,
+        "mode": mode,
+        "backend": "triton",
+    }
+    devices = [device] if torch.device(device).type == "cuda" else []
+    with torch.random.fork_rng(devices=devices), torch.enable_grad():
+        for p in {0.0, dropout_p}:  # evaluation has none
+            streams_, u, post, res = ops.connect(x, *parameters, **settings, accumulate=accumulate)
+            streams_, u2, post, res = ops.boundary(
+                streams_, res, post, y, bias, *parameters, **settings, dropout_p=p, accumulate=accumulate
+            )
+            out = ops.mix(streams_, res, post, y, bias, dropout_p=p, backend="triton")
+            mean = ops.aggregate(out, torch.full_like(post, 1 / streams), backend="triton")
+            torch.autograd.backward((mean, u, u2), (mean, u, u2))
+    return CompileTimes.kernels - kernels, CompileTimes.seconds - seconds
