@@ -7,6 +7,7 @@ the same shapes.
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ def _use_triton(backend: str, x: Tensor) -> bool:
     return resolve_backend(backend, x.shape[-2], x.shape[-1], x.dtype, x.device) == "triton"
 
 
+@cache
 def _functions() -> Any:
     from mhc_kernels.fused import functions  # not before it is needed: it imports triton
 
@@ -83,6 +85,14 @@ def _same_form(streams: Tensor, x: Tensor) -> Tensor:
     return streams if streams.shape == x.shape else streams.view_as(x)
 
 
+def _float32(tensor: Tensor) -> Tensor:
+    return tensor if tensor.dtype == torch.float32 else tensor.float()
+
+
+_TRITON_CALLS: set[tuple] = set()
+"""Calls of `boundary` and `connect` that passed all checks and go to Triton, by what was checked: they are in every layer."""
+
+
 def mix(
     x: Tensor,
     res: Tensor,
@@ -105,13 +115,14 @@ def mix(
     check_contiguous(x=x, res=res, post=post, y=y, bias=bias)
     seed = _functions().new_seed(x.device) if dropout_p > 0 else None
     out = _functions().Mix.apply(
-        streams.flatten(-2), res.float(), post.float(), y, _cast(bias, y), seed, float(dropout_p)
+        streams.flatten(-2), _float32(res), _float32(post), _cast(y, x), _cast(bias, x), seed, float(dropout_p)
     )
     return _same_form(out, x)
 
 
-def _cast(bias: Tensor | None, y: Tensor) -> Tensor | None:
-    return None if bias is None else bias.to(y.dtype)
+def _cast(tensor: Tensor | None, x: Tensor) -> Tensor | None:
+    """In the streams' dtype, in which the kernels read y and its bias."""
+    return tensor if tensor is None or tensor.dtype == x.dtype else tensor.to(x.dtype)
 
 
 def connect(
@@ -142,16 +153,21 @@ def connect(
     Returns:
         x ``[..., n, C]``, u ``[..., C]`` in x's dtype, post ``[..., n]`` and res ``[..., n, n]``, float32.
     """
-    streams = _unflatten(x, reference.streams_of(bias), flat)
-    reference.check_mappings(streams, phi, alpha, bias, iterations, profile, mode)
-    if not _use_triton(backend, streams):
-        pre, post, res = reference.mappings(
-            streams, phi, alpha, bias, iterations=iterations, eps=eps, profile=profile, mode=mode
-        )
-        return x, reference.aggregate(streams, pre), post, res
+    key = ("connect", backend, flat, iterations, profile, mode, x.dtype, x.device.type, x.shape, phi.shape, bias.shape)
+    if torch.compiler.is_compiling() or key not in _TRITON_CALLS:
+        streams = _unflatten(x, reference.streams_of(bias), flat)
+        reference.check_mappings(streams, phi, alpha, bias, iterations, profile, mode)
+        if not _use_triton(backend, streams):
+            pre, post, res = reference.mappings(
+                streams, phi, alpha, bias, iterations=iterations, eps=eps, profile=profile, mode=mode
+            )
+            return x, reference.aggregate(streams, pre), post, res
+        if not torch.compiler.is_compiling():
+            _TRITON_CALLS.add(key)
     check_contiguous(x=x, phi=phi)
     settings = _settings(iterations, eps, profile, mode)
-    out, u, post, res = _functions().Connect.apply(streams.flatten(-2), phi, alpha, bias, settings, accumulate)
+    own = (_float32(phi), _float32(alpha), _float32(bias))
+    out, u, post, res = _functions().Connect.apply(x if flat else x.flatten(-2), *own, settings, accumulate)
     return _same_form(out, x), u, post, res
 
 
@@ -184,19 +200,26 @@ def boundary(
     Returns:
         ``(x' [..., n, C], u [..., C], post [..., n], res [..., n, n])``: u is what the second sublayer reads, from x'.
     """
-    streams = _unflatten(x, post.shape[-1], flat)
-    reference.check_mix(streams, res, post, y, bias, dropout_p)
-    reference.check_mappings(streams, next_phi, next_alpha, next_bias, iterations, profile, mode)
-    if not _use_triton(backend, streams):
-        out = _same_form(reference.mix(streams, res, post, y, bias, dropout_p=dropout_p), x)
-        kwargs: dict[str, Any] = {"iterations": iterations, "eps": eps, "profile": profile, "mode": mode}
-        return connect(out, next_phi, next_alpha, next_bias, **kwargs, flat=flat, backend="reference")
+    key = (
+        "boundary", backend, flat, iterations, profile, mode, dropout_p, x.dtype, y.dtype, x.device.type,
+        x.shape, res.shape, post.shape, y.shape, None if bias is None else bias.shape, next_phi.shape, next_bias.shape,
+    )  # fmt: skip
+    if torch.compiler.is_compiling() or key not in _TRITON_CALLS:
+        streams = _unflatten(x, post.shape[-1], flat)
+        reference.check_mix(streams, res, post, y, bias, dropout_p)
+        reference.check_mappings(streams, next_phi, next_alpha, next_bias, iterations, profile, mode)
+        if not _use_triton(backend, streams):
+            out = _same_form(reference.mix(streams, res, post, y, bias, dropout_p=dropout_p), x)
+            kwargs: dict[str, Any] = {"iterations": iterations, "eps": eps, "profile": profile, "mode": mode}
+            return connect(out, next_phi, next_alpha, next_bias, **kwargs, flat=flat, backend="reference")
+        if not torch.compiler.is_compiling():
+            _TRITON_CALLS.add(key)
     check_contiguous(x=x, res=res, post=post, y=y, bias=bias, next_phi=next_phi)
     seed = _functions().new_seed(x.device) if dropout_p > 0 else None
-    settings = _settings(iterations, eps, profile, mode)
+    own = (_float32(next_phi), _float32(next_alpha), _float32(next_bias))
     out, u, post, res = _functions().Boundary.apply(
-        streams.flatten(-2), res.float(), post.float(), y, _cast(bias, y), seed, float(dropout_p),
-        next_phi, next_alpha, next_bias, settings, accumulate,
+        x if flat else x.flatten(-2), _float32(res), _float32(post), _cast(y, x), _cast(bias, x), seed, float(dropout_p),
+        *own, _settings(iterations, eps, profile, mode), accumulate,
     )  # fmt: skip
     return _same_form(out, x), u, post, res
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mhc_kernels.fused import backward, configs, forward, pack
 from mhc_kernels.fused.launch import Launcher
-from mhc_kernels.fused.library import Sizes, cdiv, operator
+from mhc_kernels.fused.library import cdiv, operator, sizes
 from mhc_kernels.fused.single import Partials, launch_mix_project, launch_stream_backward
 from mhc_kernels.reference import streams_of
 
@@ -27,7 +27,7 @@ Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 def _outputs(x: Tensor, bias: Tensor, mixes: bool, aggregates: bool) -> Outputs:
     n = streams_of(bias)
-    s = Sizes(x, n)
+    s = sizes(x, n)
     lead = x.shape[:-1]
     return (
         torch.empty_like(x) if mixes else x.new_empty(0),
@@ -71,18 +71,18 @@ def boundary(
         sublayer, float32, and for the backward: saved ``[T, RP]`` (projected values; in column R the RMS factor), w
         ``[RP, C*P]`` (phi as `pack_kernel` lays it out).
     """
-    s = Sizes(x, streams_of(bias))
+    s = sizes(x, streams_of(bias))
     outputs = _outputs(x, bias, y is not None, aggregates)
     if not s.t:
         return outputs
     out, u, pre, post_out, res_out, saved, w_back = outputs
     w = torch.empty((s.c * s.padded_streams, s.width), dtype=s.product_dtype, device=x.device)
-    block = configs.pack(s.n, s.c)
+    block = configs.pack(s.padded_rows, s.padded_streams, s.c)
     _pack(cdiv(s.c, block), (phi, w, w_back), (s.rows,), (s.c, s.n, s.padded_streams, s.padded_rows, block, s.bf16), 4)
-    split = configs.mix_project(s.n, s.c, s.t, s.itemsize).SPLIT
+    split = configs.mix_project(s.n, s.c, s.t, s.bf16).SPLIT
     sums = torch.empty((split, s.t, s.padded_rows), dtype=torch.float32, device=x.device)
     launch_mix_project(s, x, res, post, y, y_bias, seed, p, w, x if y is None else out, sums)
-    config = configs.aggregate(s.n, s.c, s.t, s.itemsize)
+    config = configs.aggregate(s.n, s.c, s.t, s.bf16)
     block = configs.token_block(s.n)
     programs = cdiv(s.t, block)
     meta = (
@@ -153,7 +153,7 @@ def boundary_backward(
     Returns:
         Gradients of x, y, res, post, phi, alpha, bias; empty where there is nothing to return.
     """
-    s = Sizes(x, streams_of(bias))
+    s = sizes(x, streams_of(bias))
     gradients = _gradients(x, res, post, y, alpha, bias, main_phi is not None)
     dx, dy, dres, dpost, dphi, dalpha, dbias = gradients
     accumulates = main_phi is not None
@@ -171,7 +171,7 @@ def boundary_backward(
     if main_phi is not None and main_alpha is not None and main_bias is not None:
         dphi, dalpha, dbias = main_phi, main_alpha, main_bias
 
-    c = configs.mapping_backward(s.n, s.c, s.t, s.itemsize)
+    c = configs.mapping_backward(s.n, s.c, s.t, s.bf16)
     maps, rows = cdiv(s.t, configs.token_block(s.n)), 0 if du is None else cdiv(s.t, c.BM)
     da = torch.empty((s.t, s.width), dtype=s.product_dtype, device=device)
     factor = torch.empty((2, s.t), dtype=torch.float32, device=device)
@@ -191,7 +191,7 @@ def boundary_backward(
     )  # fmt: skip
 
     k = s.n * s.c
-    columns = configs.phi_backward(s.n, s.c, s.t, s.itemsize)
+    columns = configs.phi_backward(s.n, s.c, s.t, s.bf16)
     length = cdiv(cdiv(s.t, columns.PARTS), columns.BM) * columns.BM
     parts = cdiv(s.t, length)
     partials = torch.empty((parts, s.padded_rows, k), dtype=torch.float32, device=device)

@@ -6,13 +6,14 @@ Measured on an H200 (sm_90) with n = 4; see kernels/README.md. Other architectur
 
 from __future__ import annotations
 
+from functools import cache
 from typing import NamedTuple
 
 from mhc_kernels.fused.launch import INTERPRET
 
 
 class Rows(NamedTuple):
-    """BM tokens by BC channels a tile, V neighbours summed in a thread, SPLIT programs share a row."""
+    """BM tokens by BC channels a tile, V neighbours summed in a thread, SPLIT programs share a row; SWAP: phi x^T for x phi^T."""
 
     BM: int
     BC: int
@@ -20,6 +21,7 @@ class Rows(NamedTuple):
     SPLIT: int
     STAGES: int
     warps: int
+    SWAP: bool = False
 
 
 def power_of_two(value: int, least: int = 1) -> int:
@@ -35,30 +37,36 @@ def _fit(config: Rows, t: int, c: int) -> Rows:
     return config._replace(BC=bc, SPLIT=split)
 
 
-def mix_project(n: int, c: int, t: int, itemsize: int) -> Rows:
+@cache
+def mix_project(n: int, c: int, t: int, bf16: bool) -> Rows:
     """Configuration of `mix_project_kernel`."""
-    if itemsize == 4 or n > 4:
+    if not bf16:
+        return _fit(Rows(32, 32, 8, 2, 2, 8) if n <= 4 else Rows(32, 16, 8, 2, 1, 8), t, c)
+    if n > 4:
         return _fit(Rows(32, 32, 8, 2, 2, 8), t, c)
     return _fit(Rows(64, 64, 8, 2, 3, 8), t, c)
 
 
-def aggregate(n: int, c: int, t: int, itemsize: int) -> Rows:
+@cache
+def aggregate(n: int, c: int, t: int, bf16: bool) -> Rows:
     """Configuration of `map_aggregate_kernel` and the kernels of `aggregate`."""
-    if n > 4 or itemsize == 4:
+    if n > 4 or not bf16:
         return _fit(Rows(8, 128, 8, 1, 2, 4), t, c)
     return _fit(Rows(4, 512, 8, 1, 3, 4), t, c)
 
 
-def stream_backward(n: int, c: int, t: int, itemsize: int) -> Rows:
+@cache
+def stream_backward(n: int, c: int, t: int, bf16: bool) -> Rows:
     """Configuration of `stream_backward_kernel`."""
-    if itemsize == 4 or n > 4:
+    if not bf16 or n > 4:
         return _fit(Rows(16, 32, 8, 1, 2, 4), t, c)
     return _fit(Rows(16, 64, 4, 1, 3, 4), t, c)
 
 
-def mapping_backward(n: int, c: int, t: int, itemsize: int) -> Rows:
+@cache
+def mapping_backward(n: int, c: int, t: int, bf16: bool) -> Rows:
     """Configuration of `mapping_backward_kernel`."""
-    if n > 4 or itemsize == 4:
+    if n > 4 or not bf16:
         return _fit(Rows(8, 128, 8, 1, 2, 4), t, c)
     return _fit(Rows(16, 128, 8, 1, 3, 4), t, c)
 
@@ -73,10 +81,9 @@ def token_block(n: int) -> int:
     return 128 if n <= 4 else 16
 
 
-def pack(n: int, c: int) -> int:
+def pack(padded_rows: int, padded_streams: int, c: int) -> int:
     """Channels a program of `pack_kernel`: tiles of 8192 elements at most."""
-    padded = power_of_two(n * n + 2 * n + 1, 16) * power_of_two(n)
-    return min(power_of_two(c), 256 if INTERPRET else max(1, 8192 // padded))
+    return min(power_of_two(c), 256 if INTERPRET else max(1, 8192 // (padded_rows * padded_streams)))
 
 
 class Columns(NamedTuple):
@@ -89,10 +96,11 @@ class Columns(NamedTuple):
     warps: int
 
 
-def phi_backward(n: int, c: int, t: int, itemsize: int) -> Columns:
+@cache
+def phi_backward(n: int, c: int, t: int, bf16: bool) -> Columns:
     """Configuration of `phi_backward_kernel`: as many parts as fill 132 multiprocessors twice, once."""
     config = Columns(64, 128, 1, 3, 4)
-    if itemsize == 4 or n > 5:
+    if not bf16 or n > 5:
         config = Columns(32, 64, 1, 2, 4)
     if INTERPRET:
         return Columns(64, min(256, power_of_two(n * c, 16)), 2, 1, 4)

@@ -17,7 +17,7 @@ def mix_project_kernel(
     x_ptr, y_ptr, y_bias_ptr, seed_ptr, res_ptr, post_ptr, w_ptr, out_ptr, sums_ptr, T, p_drop,
     N: tl.constexpr, P: tl.constexpr, C: tl.constexpr, R: tl.constexpr, RP: tl.constexpr,
     MIX: tl.constexpr, PROJECT: tl.constexpr, BIAS: tl.constexpr, DROPOUT: tl.constexpr, BF16: tl.constexpr, DOT32: tl.constexpr,
-    BM: tl.constexpr, BC: tl.constexpr, SPLIT: tl.constexpr, V: tl.constexpr, STAGES: tl.constexpr,
+    SWAP: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr, SPLIT: tl.constexpr, V: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """x [T, N, C], y [T, C], res [T, N*N], post [T, N] -> out [T, N, C]; sums [SPLIT, T, RP]: out @ phi, and in column
     R sum(out^2).
@@ -33,7 +33,10 @@ def mix_project_kernel(
         res = tiles.load_columns(res_ptr + at * (N * N), N * N)
         post = tiles.load_columns(post_ptr + at * N, N)
     NW: tl.constexpr = 2 * RP if BF16 else RP
-    acc = tl.zeros((BM, NW), tl.float32)
+    if SWAP:
+        acc = tl.zeros((NW, BM), tl.float32)
+    else:
+        acc = tl.zeros((BM, NW), tl.float32)
     squares = tl.zeros((BM, BC // V), tl.float32)
     rk = tl.arange(0, P * BC)
     rw = tl.arange(0, NW)
@@ -65,9 +68,13 @@ def mix_project_kernel(
             a = tiles.interleave(x, N, BM, BC)
             if DOT32:
                 acc = tl.dot(a, w.to(tl.float32), acc, input_precision="tf32x3")
+            elif SWAP:
+                acc = tl.dot(tl.trans(w), tl.trans(a.to(tl.bfloat16)), acc)
             else:
                 acc = tl.dot(a.to(tl.bfloat16), w, acc)
     if PROJECT:
+        if SWAP:
+            acc = tl.trans(acc)
         if BF16:
             acc = tl.sum(tl.reshape(acc, (BM, 2, RP)), axis=1)
         r = tl.arange(0, RP)

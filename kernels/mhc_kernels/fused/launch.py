@@ -31,7 +31,8 @@ class Launcher:
     """A kernel, and its compiled versions.
 
     Args:
-        kernel: a ``triton.jit`` function whose run-time arguments come first, its constexpr arguments after them.
+        kernel: a ``triton.jit`` function whose run-time arguments come first, its constexpr arguments after them. The dtypes of
+            its tensors must follow from the first one's and the constexpr arguments.
     """
 
     def __init__(self, kernel: Any):
@@ -42,33 +43,43 @@ class Launcher:
         self, grid: int | tuple[int, int], tensors: tuple[Tensor, ...], scalars: tuple, meta: tuple, warps: int
     ) -> None:
         """Run on the current stream of the tensors' device. ``meta``: the constexpr arguments, in order."""
-        device = tensors[0].device
+        device = tensors[0].get_device()
         blocks = (grid, 1, 1) if isinstance(grid, int) else (*grid, 1)
         if not _DIRECT or knobs.runtime.launch_enter_hook.calls:
             self._by_triton(device, blocks, tensors, scalars, meta, warps)
             return
-        # Tensors of one role have one dtype per meta, but for the streams' own: it is in the key with the alignments.
-        key = (meta, warps, device.index, *[(t.dtype, t.data_ptr() % _ALIGNMENT) for t in tensors])
+        pointers = [tensor.data_ptr() for tensor in tensors]
+        bits = 0
+        for pointer in pointers:
+            bits |= pointer
+        key: tuple = (meta, warps, tensors[0].dtype, device, bits % _ALIGNMENT)
+        if bits % _ALIGNMENT:  # rare: which of them are not aligned is part of what is compiled
+            key = (*key, *[pointer % _ALIGNMENT for pointer in pointers])
         compiled = self._compiled.get(key)
         if compiled is None:
             self._compiled[key] = self._by_triton(device, blocks, tensors, scalars, meta, warps)
             return
-        if device.index != torch._C._cuda_getDevice():
+        if device != torch._C._cuda_getDevice():
             with torch.cuda.device(device):
-                self._run(compiled, blocks, device.index, (*tensors, *scalars, *meta))
+                self._run(compiled, blocks, device, (*pointers, *scalars, *meta))
         else:
-            self._run(compiled, blocks, device.index, (*tensors, *scalars, *meta))
+            self._run(compiled, blocks, device, (*pointers, *scalars, *meta))
 
     @staticmethod
     def _run(compiled: Any, blocks: tuple[int, int, int], device: int, arguments: tuple) -> None:
         stream = torch._C._cuda_getCurrentRawStream(device)
-        compiled.run(*blocks, stream, compiled.function, compiled.packed_metadata, None, None, None, *arguments)
+        run = compiled._run
+        if run.global_scratch_size or run.profile_scratch_size:
+            run(*blocks, stream, compiled.function, compiled.packed_metadata, None, None, None, *arguments)
+        else:
+            run.launch(
+                *blocks, stream, compiled.function, run.launch_cooperative_grid, run.launch_pdl, None, None,
+                compiled.packed_metadata, None, None, None, *arguments,
+            )  # fmt: skip
 
-    def _by_triton(
-        self, device: torch.device, blocks: tuple, tensors: tuple, scalars: tuple, meta: tuple, warps: int
-    ) -> Any:
+    def _by_triton(self, device: int, blocks: tuple, tensors: tuple, scalars: tuple, meta: tuple, warps: int) -> Any:
         started = time.perf_counter()
-        if device.type == "cuda":
+        if device >= 0:
             with torch.cuda.device(device):
                 compiled = self.kernel[blocks](*tensors, *scalars, *meta, num_warps=warps)
         else:  # the interpreter

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -16,7 +16,12 @@ _LIBRARY = torch.library.Library("mhc_kernels", "DEF")
 
 
 def operator(schema: str, fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Define an operator: the decorated function on CUDA (under Triton's interpreter on the CPU), ``fake`` for shapes."""
+    """Define an operator: the decorated function on CUDA (under Triton's interpreter on the CPU), ``fake`` for shapes.
+
+    What the decorator returns goes through PyTorch's dispatcher only where something may be listening there: in a
+    compiler, under a dispatch mode (fake tensors), or for tensor subclasses. Else it calls the function: the dispatcher
+    takes 20 us a call.
+    """
     name = schema.split("(")[0]
     _LIBRARY.define(schema)
     torch.library.register_fake(f"mhc_kernels::{name}", fake, lib=_LIBRARY)
@@ -25,46 +30,54 @@ def operator(schema: str, fake: Callable[..., Any]) -> Callable[[Callable[..., A
         _LIBRARY.impl(name, function, "CUDA")
         if INTERPRET:
             _LIBRARY.impl(name, function, "CPU")
-        return getattr(torch.ops.mhc_kernels, name).default
+        op = getattr(torch.ops.mhc_kernels, name).default
+
+        @functools.wraps(function)
+        def call(*arguments: Any) -> Any:
+            if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+                return op(*arguments)
+            for argument in arguments:
+                if isinstance(argument, Tensor) and type(argument) not in _PLAIN:
+                    return op(*arguments)
+            return function(*arguments)
+
+        return call
 
     return implement
 
 
-class Sizes:
-    """Sizes of one call on streams x ``[..., n*C]``.
+_PLAIN = (Tensor, torch.nn.Parameter)
 
-    t: tokens; rows: R = n*n + 2n projected values; padded_rows: RP, a power of two > R (one more column holds the sum
-    of squares);
-    padded_streams: P, a power of two >= n;
-    padded_totals, padded_pre: RT, NT, for rows + 3 and n + 1 sums.
+
+class Sizes:
+    """Sizes of one call on streams x ``[..., n*C]`` (`sizes`).
+
+    t: tokens; rows: R = n*n + 2n projected values; padded_rows: RP, a power of two > R (one more column holds the sum of
+    squares); padded_streams: P, a power of two >= n; padded_totals, padded_pre: RT, NT, for rows + 3 and n + 1 sums;
+    width: columns of phi in the products, bf16 hi | lo or float32; dot32: whether those are float32 products.
     """
 
-    __slots__ = (
-        "bf16", "c", "dot32", "itemsize", "n", "padded_pre", "padded_rows", "padded_streams", "padded_totals", "rows", "t"
-    )  # fmt: skip
-
-    def __init__(self, x: Tensor, n: int):
-        self.n = n
-        self.c = x.shape[-1] // n
-        self.t = math.prod(x.shape[:-1])
+    def __init__(self, t: int, c: int, n: int, dtype: torch.dtype):
+        self.t, self.c, self.n = t, c, n
         self.rows = n * n + 2 * n
-        self.padded_rows = power_of_two(self.rows + 1, 16)
+        self.padded_rows = power_of_two(self.rows + 1, 16 if n == 1 else 32)
         self.padded_streams = power_of_two(n)
         self.padded_totals = power_of_two(self.rows + 3)
         self.padded_pre = power_of_two(n + 1)
-        self.itemsize = x.element_size()
-        self.bf16 = x.dtype == torch.bfloat16
+        self.bf16 = dtype == torch.bfloat16
         # The interpreter keeps bf16 as uint16: there the same values are multiplied in float32.
         self.dot32 = not self.bf16 or INTERPRET
+        self.width = 2 * self.padded_rows if self.bf16 else self.padded_rows
+        self.product_dtype = torch.bfloat16 if self.bf16 else torch.float32
 
-    @property
-    def width(self) -> int:
-        """Columns of phi in the products: bf16 hi | lo, or float32."""
-        return 2 * self.padded_rows if self.bf16 else self.padded_rows
 
-    @property
-    def product_dtype(self) -> torch.dtype:
-        return torch.bfloat16 if self.bf16 else torch.float32
+_sizes = functools.lru_cache(1024)(Sizes)
+
+
+def sizes(x: Tensor, n: int) -> Sizes:
+    """`Sizes` of streams x ``[..., n*C]``."""
+    width = x.shape[-1]
+    return _sizes(x.numel() // width, width // n, n, x.dtype)
 
 
 def cdiv(a: int, b: int) -> int:

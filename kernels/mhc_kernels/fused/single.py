@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mhc_kernels.fused import backward, configs, forward
 from mhc_kernels.fused.launch import Launcher
-from mhc_kernels.fused.library import Sizes, cdiv, operator
+from mhc_kernels.fused.library import Sizes, cdiv, operator, sizes
 
 _mix_project = Launcher(forward.mix_project_kernel)
 _stream_backward = Launcher(backward.stream_backward_kernel)
@@ -24,13 +24,13 @@ def launch_mix_project(
     p: float, w: Tensor | None, out: Tensor, sums: Tensor | None,
 ) -> None:  # fmt: skip
     """`mix_project_kernel`: mixes if y is given, projects if w is."""
-    config = configs.mix_project(s.n, s.c, s.t, s.itemsize)
+    config = configs.mix_project(s.n, s.c, s.t, s.bf16)
     # A pointer that is not used may be any.
     tensors = (x, _or(y, x), _or(y_bias, x), _or(seed, x), _or(res, x), _or(post, x), _or(w, x), out, _or(sums, x))
     meta = (
         s.n, s.padded_streams, s.c, s.rows, s.padded_rows,
         y is not None, w is not None, y_bias is not None, seed is not None, s.bf16, s.dot32,
-        config.BM, config.BC, config.SPLIT, config.V, config.STAGES,
+        config.SWAP and not s.dot32, config.BM, config.BC, config.SPLIT, config.V, config.STAGES,
     )  # fmt: skip
     _mix_project(cdiv(s.t, config.BM) * config.SPLIT, tensors, (s.t, p), meta, config.warps)
 
@@ -58,7 +58,7 @@ def launch_stream_backward(
     out: dx, dy, dres, dpost.
     """
     dx, dy, dres, dpost = out
-    config = configs.stream_backward(s.n, s.c, s.t, s.itemsize)
+    config = configs.stream_backward(s.n, s.c, s.t, s.bf16)
     sums, accumulates = ((x,) * 6, False) if partials is None else (partials[:6], partials.accumulates)
     counts = (0, 0, 0) if partials is None else tuple(t.shape[0] for t in partials[:3])
     tensors = (
@@ -95,7 +95,7 @@ def mix(
 ) -> Tensor:
     """``H_res @ x + outer(H_post, dropout(y + y_bias))``."""
     out = torch.empty_like(x)
-    s = Sizes(x, post.shape[-1])
+    s = sizes(x, post.shape[-1])
     if s.t:
         launch_mix_project(s, x, res, post, y, y_bias, seed, p, None, out, None)
     return out
@@ -117,7 +117,7 @@ def mix_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The gradients of x, y (that of y_bias is its sum over tokens), res and post."""
     out = torch.empty_like(x), torch.empty_like(y), torch.empty_like(res), torch.empty_like(post)
-    s = Sizes(x, post.shape[-1])
+    s = sizes(x, post.shape[-1])
     if s.t:
         launch_stream_backward(s, g, None, x, y, y_bias, seed, p, res, post, None, None, None, None, out, None)
     return out
@@ -130,10 +130,10 @@ def _u_shape(x: Tensor, n: int) -> tuple[int, ...]:
 @operator("aggregate(Tensor x, Tensor pre) -> Tensor", lambda x, pre: x.new_empty(_u_shape(x, pre.shape[-1])))
 def aggregate(x: Tensor, pre: Tensor) -> Tensor:
     """``H_pre @ x``."""
-    s = Sizes(x, pre.shape[-1])
+    s = sizes(x, pre.shape[-1])
     u = x.new_empty(_u_shape(x, s.n))
     if s.t:
-        config = configs.aggregate(s.n, s.c, s.t, s.itemsize)
+        config = configs.aggregate(s.n, s.c, s.t, s.bf16)
         _aggregate(
             cdiv(s.t, config.BM), (x, pre, u), (s.t,), (s.n, s.c, config.BM, config.BC, config.STAGES), config.warps
         )
@@ -146,10 +146,10 @@ def aggregate(x: Tensor, pre: Tensor) -> Tensor:
 )
 def aggregate_backward(du: Tensor, x: Tensor, pre: Tensor) -> tuple[Tensor, Tensor]:
     """The gradients of x and pre."""
-    s = Sizes(x, pre.shape[-1])
+    s = sizes(x, pre.shape[-1])
     dx, dpre = torch.empty_like(x), torch.empty_like(pre)
     if s.t:
-        config = configs.aggregate(s.n, s.c, s.t, s.itemsize)
+        config = configs.aggregate(s.n, s.c, s.t, s.bf16)
         meta = (s.n, s.c, config.BM, config.BC, config.V, config.STAGES)
         _aggregate_backward(cdiv(s.t, config.BM), (du, x, pre, dx, dpre), (s.t,), meta, config.warps)
     return dx, dpre

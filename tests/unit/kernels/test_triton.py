@@ -94,7 +94,9 @@ def check_boundary(case: Case, profile: str = "paper", mode: str = "mhc") -> Non
     for name, leaf in ours.items():
         bound = {"next_phi": of_phi, "next_alpha": of_gates, "next_bias": of_gates}.get(name, of_streams)
         assert leaf.grad.dtype == leaf.dtype
-        assert error(leaf.grad, exact[name].grad) <= bound, name
+        # That of y's bias is the sum of dy as it is stored: terms that cancel leave the rounding of each.
+        expected_grad = ours["y"].grad.to(F64).sum(0) if name == "bias" else exact[name].grad
+        assert error(leaf.grad, expected_grad) <= bound, name
 
 
 @pytest.mark.parametrize("n", range(1, 9))
@@ -517,10 +519,10 @@ def test_warm_up_builds_all_that_a_chain_needs() -> None:
         built = CompileTimes.kernels
         case = Case(40, 4, 32)
         leaves = case.leaves()
-        x, _, post, res = connect(leaves["x"], *(leaves[k] for k in PARAMETERS))
+        x, u, post, res = connect(leaves["x"], *(leaves[k] for k in PARAMETERS))
         results = boundary(**{**leaves, "x": x, "post": post, "res": res}, dropout_p=0.1)
         out = mix(results[0], results[3], results[2], leaves["y"], leaves["bias"], dropout_p=0.1)
-        torch.autograd.backward((aggregate(out, results[2]), results[1]), (case.gradients[1],) * 2)
+        torch.autograd.backward((aggregate(out, results[2]), results[1], u), (case.gradients[1],) * 3)
         assert CompileTimes.kernels == built
         assert warm_up(4, 32, torch.float32, **settings) == (0, 0.0)
     else:
