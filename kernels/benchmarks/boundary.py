@@ -25,6 +25,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 import cases
 from timing import bandwidth, gpu_us, graph_us, host_us, launches
 
+from mhc_kernels import boundary, connect, mix
+
 PEERS = ("te", "reference", "compile", "separate")
 
 
@@ -123,14 +125,34 @@ def _ratios(results: list[dict[str, Any]]) -> None:
             )
 
 
-def host_time() -> dict[str, float]:
-    """Host time of a boundary, at a size where the GPU keeps up."""
-    case = cases.Case(cases.fused, cases.make_inputs(64, 1280))
-    for _ in range(5):
-        case.forward_backward()
-    both, forward = host_us(case.forward_backward), host_us(case.forward)
-    print(f"host time of one boundary: forward + backward {both:.0f} us (forward {forward:.0f})")
-    return {"host_both_us": both, "host_forward_us": forward}
+def host_time(t: int = 64, c: int = 1280) -> dict[str, float]:
+    """Host time that one more boundary adds to a chain of them, at a size where the GPU keeps up.
+
+    The autograd engine's own start, about 200 us a backward pass, is the same for a chain of any length.
+    """
+    long, short = 24, 4
+    inputs = cases.make_inputs(t, c)
+    x, y = inputs.x.requires_grad_(), inputs.y.requires_grad_()
+    own = [tuple(p.clone().requires_grad_() for p in (inputs.phi, inputs.alpha, inputs.bias)) for _ in range(long + 1)]
+
+    def chain(length: int, backward: bool) -> None:
+        streams, u, post, res = connect(x, *own[-1], backend="triton")
+        for k in range(length):
+            streams, u, post, res = boundary(streams, res, post, u, None, *own[k], backend="triton")
+        if backward:
+            leaves = [x, y, *own[-1], *(p for parameters in own[:length] for p in parameters)]
+            torch.autograd.grad(mix(streams, res, post, y, backend="triton"), leaves, inputs.gradients[0])
+
+    times = {}
+    for name, backward in (("host_forward_us", False), ("host_both_us", True)):
+        for length in (long, short):
+            chain(length, backward)
+        both = [host_us(lambda n=n, b=backward: chain(n, b), 20) for n in (long, short)]
+        times[name] = (both[0] - both[1]) / (long - short)
+    print(
+        f"host time of one boundary: forward {times['host_forward_us']:.0f} us, with backward {times['host_both_us']:.0f}"
+    )
+    return times
 
 
 def main() -> None:

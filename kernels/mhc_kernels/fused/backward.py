@@ -237,6 +237,15 @@ def stream_backward_kernel(
 
 
 @triton.jit
+def _times_phi(da, w, DOT32: tl.constexpr):
+    if DOT32:
+        back = tl.dot(da.to(tl.float32), w.to(tl.float32), input_precision="tf32x3")
+    else:
+        back = tl.dot(da, w)
+    return back
+
+
+@triton.jit
 def _stream_backward(
     g_ptr, du_ptr, x_ptr, y_ptr, y_bias_ptr, seed_ptr, res_ptr, post_ptr, pre_ptr, da_ptr, factor_ptr, w_ptr,
     dx_ptr, dy_ptr, dres_ptr, dpost_ptr, T, p_drop, program,
@@ -286,17 +295,16 @@ def _stream_backward(
                 out = tiles.mix_streams(res, post, x, y, N)
             else:
                 out = x
-            if EVEN:
-                w = tl.load(w_ptr + rn[:, None] * (C * P) + (c * P + rk)[None, :])
+            if N == 2:
+                # A dot a stream: the interleaved one has pairs of streams where the tensor core leaves pairs of channels, and
+                # the compiler then takes that layout, two bytes at a time, for everything.
+                back = ()
+                for i in tl.static_range(N):
+                    w = tiles.load_rows(w_ptr + i * C, rn, C * P, columns, mask, EVEN)
+                    back = back + (_times_phi(da, w, DOT32),)
             else:
-                w = tl.load(
-                    w_ptr + rn[:, None] * (C * P) + (c * P + rk)[None, :], mask=(c * P + rk < C * P)[None, :], other=0.0
-                )
-            if DOT32:
-                back = tl.dot(da.to(tl.float32), w.to(tl.float32), input_precision="tf32x3")
-            else:
-                back = tl.dot(da, w)
-            back = tiles.separate(back, N, BM, BC)
+                w = tiles.load_rows(w_ptr, rn, C * P, c * P + rk, (c * P + rk < C * P)[None, :], EVEN)
+                back = tiles.separate(_times_phi(da, w, DOT32), N, BM, BC)
             new = ()
             for i in tl.static_range(N):
                 new = new + (g[i] + factor * out[i] + back[i],)

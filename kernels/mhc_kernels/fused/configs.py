@@ -43,7 +43,9 @@ def mix_project(n: int, c: int, t: int, bf16: bool) -> Rows:
     if not bf16:
         return _fit(Rows(32, 32, 8, 2, 2, 8) if n <= 4 else Rows(32, 16, 8, 2, 1, 8), t, c)
     if n > 4:
-        return _fit(Rows(32, 32, 8, 2, 2, 8), t, c)
+        return _fit(Rows(64, 16, 8, 4, 2, 8), t, c)
+    if n <= 2:
+        return _fit(Rows(64, 128, 8, 2, 3, 8, SWAP=True), t, c)
     return _fit(Rows(64, 64, 8, 2, 3, 8), t, c)
 
 
@@ -58,8 +60,10 @@ def aggregate(n: int, c: int, t: int, bf16: bool) -> Rows:
 @cache
 def stream_backward(n: int, c: int, t: int, bf16: bool) -> Rows:
     """Configuration of `stream_backward_kernel`."""
-    if not bf16 or n > 4:
+    if not bf16:
         return _fit(Rows(16, 32, 8, 1, 2, 4), t, c)
+    if n > 4:
+        return _fit(Rows(16, 32, 4, 1, 2, 4), t, c)
     return _fit(Rows(16, 64, 4, 1, 3, 4), t, c)
 
 
@@ -67,7 +71,7 @@ def stream_backward(n: int, c: int, t: int, bf16: bool) -> Rows:
 def mapping_backward(n: int, c: int, t: int, bf16: bool) -> Rows:
     """Configuration of `mapping_backward_kernel`."""
     if n > 4 or not bf16:
-        return _fit(Rows(8, 128, 8, 1, 2, 4), t, c)
+        return _fit(Rows(16, 128, 8, 1, 2, 4), t, c)
     return _fit(Rows(16, 128, 8, 1, 3, 4), t, c)
 
 
@@ -78,7 +82,7 @@ def token_block(n: int) -> int:
     """Tokens a program (4 warps) of the mappings: a thread holds a quarter row of a token's n*n matrix or more."""
     if INTERPRET:
         return 64
-    return 128 if n <= 4 else 16
+    return 64 if n <= 4 else 8
 
 
 def pack(padded_rows: int, padded_streams: int, c: int) -> int:
@@ -98,11 +102,14 @@ class Columns(NamedTuple):
 
 @cache
 def phi_backward(n: int, c: int, t: int, bf16: bool) -> Columns:
-    """Configuration of `phi_backward_kernel`: as many parts as fill 132 multiprocessors twice, once."""
+    """Configuration of `phi_backward_kernel`: as many parts as are resident at once on 132 multiprocessors."""
     config = Columns(64, 128, 1, 3, 4)
-    if not bf16 or n > 5:
+    resident = 264
+    if not bf16:
         config = Columns(32, 64, 1, 2, 4)
+    elif n > 5:
+        config, resident = Columns(64, 128, 1, 3, 8), 132
     if INTERPRET:
         return Columns(64, min(256, power_of_two(n * c, 16)), 2, 1, 4)
     blocks = -(-n * c // config.BK)
-    return config._replace(BK=min(config.BK, power_of_two(n * c, 16)), PARTS=max(1, min(16, 264 // blocks)))
+    return config._replace(BK=min(config.BK, power_of_two(n * c, 16)), PARTS=max(1, min(16, resident // blocks)))

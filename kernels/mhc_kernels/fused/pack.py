@@ -36,13 +36,17 @@ def pack_kernel(
         other=0.0,
     )
     inside = (c < C)[None, :]
+    if N == 2:  # the backward takes the streams one by one
+        b = s * C + c
+    else:
+        b = k
     if BF16:
         hi = phi.to(tl.bfloat16)
         lo = (phi - hi.to(tl.float32)).to(tl.bfloat16)
         w = forward_ptr + k[None, :] * (2 * RP) + r[:, None]
         tl.store(w, hi, mask=inside)
         tl.store(w + RP, lo, mask=inside)
-        tl.store(backward_ptr + r[:, None] * (C * P) + k[None, :], hi, mask=inside)
+        tl.store(backward_ptr + r[:, None] * (C * P) + b[None, :], hi, mask=inside)
     else:
         tl.store(forward_ptr + k[None, :] * RP + r[:, None], phi, mask=inside)
-        tl.store(backward_ptr + r[:, None] * (C * P) + k[None, :], phi, mask=inside)
+        tl.store(backward_ptr + r[:, None] * (C * P) + b[None, :], phi, mask=inside)

@@ -40,6 +40,17 @@ def load_streams(pointers, mask, N: tl.constexpr, C: tl.constexpr, EVEN: tl.cons
 
 
 @triton.jit
+def load_rows(pointer, rows, step, columns, mask, EVEN: tl.constexpr):
+    """Rows of a matrix with ``step`` elements a row, in its own dtype."""
+    pointers = pointer + rows[:, None] * step + columns[None, :]
+    if EVEN:
+        tile = tl.load(pointers)
+    else:
+        tile = tl.load(pointers, mask=mask, other=0.0)
+    return tile
+
+
+@triton.jit
 def load_columns(pointers, COUNT: tl.constexpr):
     """COUNT neighbouring float32 values of each token, as ``[BM, 1]`` each."""
     values = ()
