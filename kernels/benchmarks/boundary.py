@@ -160,6 +160,7 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", default=[f"{t}x{c}" for t, c in cases.SHAPES], metavar="TxC")
     parser.add_argument("--peers", default="te,reference,compile,separate", help=f"of {', '.join(PEERS)}; or none")
     parser.add_argument("--te-variants", default=None, help="names, separated by ';'")
+    parser.add_argument("--te-quick-tuning", action="store_true", help="its autotuner in a fifth of the time")
     parser.add_argument("--streams", nargs="+", type=int, default=[4, 2, 8], help="n, at 8192x2560")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
@@ -170,7 +171,10 @@ def main() -> None:
         parser.error(f"--peers {', '.join(unknown)}: choose from {', '.join(PEERS)}")
     if "te" in peers:
         try:
-            import transformer_engine_peer  # noqa: F401
+            import transformer_engine_peer
+
+            if options.te_quick_tuning:
+                transformer_engine_peer.tune_quickly()
         except ImportError as error:
             print(f"Transformer Engine is not here ({error}): left out")
             peers.remove("te")

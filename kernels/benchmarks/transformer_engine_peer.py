@@ -9,12 +9,15 @@ Import torch, then this, before anything loads cuDNN.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
 import transformer_engine.pytorch  # noqa: F401  (loads its libraries, in the order that works)
+import triton
 from cases import Inputs
 from torch import Tensor
+from transformer_engine.common.triton import mhc as kernels
 from transformer_engine.pytorch.triton import mhc as te
 
 N = 4
@@ -26,6 +29,13 @@ VARIANTS: dict[str, dict[str, bool]] = {
     "gamma, split-K": {"gamma": True, "split_k": True},
     "gamma, accumulator": {"gamma": True, "accumulator": True},
 }
+
+
+def tune_quickly() -> None:
+    """Let its autotuner measure each configuration for 5 + 20 ms instead of 25 + 100: a run then takes minutes less."""
+    for kernel in vars(kernels).values():
+        if hasattr(kernel, "configs") and hasattr(kernel, "do_bench"):
+            kernel.do_bench = functools.partial(triton.testing.do_bench, warmup=5, rep=20)
 
 
 def _rows() -> list[int]:
