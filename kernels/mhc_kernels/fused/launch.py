@@ -32,7 +32,7 @@ class Launcher:
 
     Args:
         kernel: a ``triton.jit`` function whose run-time arguments come first, its constexpr arguments after them. The dtypes of
-            its tensors must follow from the first one's and the constexpr arguments.
+            its tensors must follow from those of the first two and the constexpr arguments.
     """
 
     def __init__(self, kernel: Any):
@@ -52,7 +52,7 @@ class Launcher:
         bits = 0
         for pointer in pointers:
             bits |= pointer
-        key: tuple = (meta, warps, tensors[0].dtype, device, bits % _ALIGNMENT)
+        key: tuple = (meta, warps, tensors[0].dtype, tensors[1].dtype, device, bits % _ALIGNMENT)
         if bits % _ALIGNMENT:  # rare: which of them are not aligned is part of what is compiled
             key = (*key, *[pointer % _ALIGNMENT for pointer in pointers])
         compiled = self._compiled.get(key)
