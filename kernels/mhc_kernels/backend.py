@@ -74,3 +74,11 @@ def check_contiguous(**tensors: Tensor | None) -> None:
                 f"{name} must be contiguous for the Triton kernels, got strides {tensor.stride()} for shape "
                 f"{tuple(tensor.shape)}; call {name}.contiguous()"
             )
+
+
+def check_same_device(**tensors: Tensor) -> None:
+    """Raises ValueError naming the first tensor that is on another device than the first one."""
+    (first, expected), *others = tensors.items()
+    for name, tensor in others:
+        if tensor.device != expected.device:
+            raise ValueError(f"{name} is on {tensor.device}, {first} on {expected.device}: move them to one device")

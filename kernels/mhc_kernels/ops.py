@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mhc_kernels import reference
-from mhc_kernels.backend import check_contiguous, resolve_backend
+from mhc_kernels.backend import check_contiguous, check_same_device, resolve_backend
 
 
 def _use_triton(backend: str, x: Tensor) -> bool:
@@ -58,7 +58,7 @@ def mappings(
     reference.check_mappings(x, phi, alpha, bias, iterations, profile, mode)
     if not _use_triton(backend, x):
         return reference.mappings(x, phi, alpha, bias, iterations=iterations, eps=eps, profile=profile, mode=mode)
-    check_contiguous(x=x, phi=phi)
+    check_contiguous(x=x, phi=phi, alpha=alpha, bias=bias)
     settings = _settings(iterations, eps, profile, mode)
     return _functions().Mappings.apply(x.flatten(-2), phi.float(), alpha.float(), bias.float(), settings)
 
@@ -91,6 +91,13 @@ def _float32(tensor: Tensor) -> Tensor:
 
 _TRITON_CALLS: set[tuple] = set()
 """Calls of `boundary` and `connect` that passed all checks and go to Triton, by what was checked: they are in every layer."""
+
+
+def _remember(key: tuple) -> None:
+    if not torch.compiler.is_compiling():
+        if len(_TRITON_CALLS) >= 4096:  # sequences of many lengths
+            _TRITON_CALLS.clear()
+        _TRITON_CALLS.add(key)
 
 
 def mix(
@@ -153,18 +160,32 @@ def connect(
     Returns:
         x ``[..., n, C]``, u ``[..., C]`` in x's dtype, post ``[..., n]`` and res ``[..., n, n]``, float32.
     """
-    key = ("connect", backend, flat, iterations, profile, mode, x.dtype, x.device.type, x.shape, phi.shape, bias.shape)
+    key = (
+        "connect",
+        backend,
+        flat,
+        iterations,
+        profile,
+        mode,
+        x.dtype,
+        x.device,
+        phi.device,
+        x.shape,
+        phi.shape,
+        alpha.shape,
+        bias.shape,
+    )
     if torch.compiler.is_compiling() or key not in _TRITON_CALLS:
         streams = _unflatten(x, reference.streams_of(bias), flat)
         reference.check_mappings(streams, phi, alpha, bias, iterations, profile, mode)
+        check_same_device(x=x, phi=phi, alpha=alpha, bias=bias)
         if not _use_triton(backend, streams):
             pre, post, res = reference.mappings(
                 streams, phi, alpha, bias, iterations=iterations, eps=eps, profile=profile, mode=mode
             )
             return x, reference.aggregate(streams, pre), post, res
-        if not torch.compiler.is_compiling():
-            _TRITON_CALLS.add(key)
-    check_contiguous(x=x, phi=phi)
+        _remember(key)
+    check_contiguous(x=x, phi=phi, alpha=alpha, bias=bias)
     settings = _settings(iterations, eps, profile, mode)
     own = (_float32(phi), _float32(alpha), _float32(bias))
     out, u, post, res = _functions().Connect.apply(x if flat else x.flatten(-2), *own, settings, accumulate)
@@ -201,20 +222,22 @@ def boundary(
         ``(x' [..., n, C], u [..., C], post [..., n], res [..., n, n])``: u is what the second sublayer reads, from x'.
     """
     key = (
-        "boundary", backend, flat, iterations, profile, mode, dropout_p, x.dtype, y.dtype, x.device.type,
-        x.shape, res.shape, post.shape, y.shape, None if bias is None else bias.shape, next_phi.shape, next_bias.shape,
+        "boundary", backend, flat, iterations, profile, mode, dropout_p,
+        x.dtype, y.dtype, x.device, y.device, next_phi.device, x.shape, res.shape, post.shape, y.shape,
+        None if bias is None else bias.shape, next_phi.shape, next_alpha.shape, next_bias.shape,
     )  # fmt: skip
     if torch.compiler.is_compiling() or key not in _TRITON_CALLS:
         streams = _unflatten(x, post.shape[-1], flat)
         reference.check_mix(streams, res, post, y, bias, dropout_p)
         reference.check_mappings(streams, next_phi, next_alpha, next_bias, iterations, profile, mode)
+        check_same_device(x=x, res=res, post=post, y=y, next_phi=next_phi, next_alpha=next_alpha, next_bias=next_bias)
         if not _use_triton(backend, streams):
             out = _same_form(reference.mix(streams, res, post, y, bias, dropout_p=dropout_p), x)
             kwargs: dict[str, Any] = {"iterations": iterations, "eps": eps, "profile": profile, "mode": mode}
             return connect(out, next_phi, next_alpha, next_bias, **kwargs, flat=flat, backend="reference")
-        if not torch.compiler.is_compiling():
-            _TRITON_CALLS.add(key)
-    check_contiguous(x=x, res=res, post=post, y=y, bias=bias, next_phi=next_phi)
+        _remember(key)
+    check_contiguous(x=x, res=res, post=post, y=y, bias=bias)
+    check_contiguous(next_phi=next_phi, next_alpha=next_alpha, next_bias=next_bias)
     seed = _functions().new_seed(x.device) if dropout_p > 0 else None
     own = (_float32(next_phi), _float32(next_alpha), _float32(next_bias))
     out, u, post, res = _functions().Boundary.apply(

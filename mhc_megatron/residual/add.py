@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 from mhc_kernels import mix
@@ -26,10 +27,11 @@ def hyper_connection_add(mhc_config: MHCConfig) -> Callable[[bool, bool], BiasDr
             y, bias = output_with_bias
             y = y.contiguous()
             p = prob if training else 0.0
-            x, post, res, successor = residual
-            if successor is None:
-                return mix(x, res, post, y, bias, dropout_p=p, flat=True, backend=mhc_config.backend)
-            streams, u, post, res = successor.hyper_connection.boundary(x, res, post, y, bias, p)
+            x, post, res, grad, successor = residual
+            with torch.set_grad_enabled(grad):
+                if successor is None or not successor.hyper_connection.fuses(x):
+                    return mix(x, res, post, y, bias, dropout_p=p, flat=True, backend=mhc_config.backend)
+                streams, u, post, res = successor.hyper_connection(x, res, post, y, bias, p)
             return prepare(streams, u, post, res, successor)
 
         return add

@@ -1,10 +1,11 @@
 """The chain of sublayers: what one sublayer's add may compute for the next one, and how the next one finds it.
 
-An add that knows which sublayer comes next computes that one's mappings and input in the same pass that writes the streams
-(`mhc_kernels.boundary`), and leaves them on the tensor it returns. They are used only if the very tensor arrives: not another one
-(pipeline edge, a hook that replaces it), not changed in place, and with the same place in the autograd graph (an
-activation checkpoint returns its inner tensor with another history). Else the sublayer computes them itself, from what
-did arrive: a wrong guess about what comes next costs time, never correctness.
+An add that knows which sublayer comes next computes that one's mappings and input in the same pass that writes the
+streams (`mhc_kernels.boundary`), and leaves them on the tensor it returns. They are used only if the very tensor arrives:
+not another one (pipeline edge, a hook that replaces it), and with the same place in the autograd graph (a reentrant
+activation checkpoint returns its inner tensor with another history). Else the sublayer computes them itself, from what did
+arrive: a wrong guess about what comes next costs time, not correctness. Changing the streams in place is seen as well, where
+PyTorch counts it (not through ``.data``); in training PyTorch refuses it, as the streams are saved for the backward.
 """
 
 from __future__ import annotations
@@ -30,18 +31,25 @@ class Prepared(NamedTuple):
 
 def prepare(hidden: Tensor, u: Tensor, post: Tensor, res: Tensor, reader: nn.Module) -> Tensor:
     """Leave u, post and res on the streams for ``reader``; returns the streams."""
-    setattr(hidden, _ATTRIBUTE, Prepared(u, post, res, reader, hidden.grad_fn, hidden._version))
+    setattr(hidden, _ATTRIBUTE, Prepared(u, post, res, reader, hidden.grad_fn, _version(hidden)))
     return hidden
 
 
 def take(hidden: Tensor, reader: nn.Module) -> Prepared | None:
-    """What was left on these streams for ``reader``, if it still holds; it is taken off the tensor in any case."""
-    prepared: Prepared | None = hidden.__dict__.pop(_ATTRIBUTE, None)
+    """What was left on these streams for ``reader``, if it still holds.
+
+    It stays there: a checkpoint's recompute has to find what the forward found.
+    """
+    prepared: Prepared | None = getattr(hidden, _ATTRIBUTE, None)
     if prepared is None or prepared.reader is not reader:
         return None
-    if prepared.history is not hidden.grad_fn or prepared.version != hidden._version:
+    if prepared.history is not hidden.grad_fn or prepared.version != _version(hidden):
         return None
     return prepared
+
+
+def _version(hidden: Tensor) -> int:
+    return 0 if hidden.is_inference() else hidden._version  # inference tensors keep no count
 
 
 class Chain:

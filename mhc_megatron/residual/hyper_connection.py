@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mhc_kernels import boundary, connect, head, mappings
+from mhc_kernels import boundary, connect, head
+from mhc_kernels.backend import resolve_backend
 from mhc_megatron.config import MHCConfig
 
 # preserve: H_post = 1 + d_i, d from -SPREAD to SPREAD. Equal ones would keep the streams equal for ever.
@@ -98,33 +99,39 @@ class HyperConnection(Float32Module):
         n = self.mhc_config.num_streams
         return torch.linspace(-POST_SPREAD, POST_SPREAD, n) if n > 1 else torch.zeros(1)
 
-    def _settings(self) -> dict[str, Any]:
+    def forward(
+        self,
+        x: Tensor,
+        res: Tensor | None = None,
+        post: Tensor | None = None,
+        y: Tensor | None = None,
+        bias: Tensor | None = None,
+        dropout_p: float = 0.0,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Streams ``[s, b, n*C]`` to (streams, u, post, res): what this sublayer reads, and what its add needs.
+
+        With y, x is the residual of the sublayer before, and y, bias, dropout_p its output: `mhc_kernels.boundary`; without,
+        `mhc_kernels.connect`. One entry for both: Megatron waits for parameters (overlapped all-gather) in hooks on the call.
+        """
         cfg = self.mhc_config
-        return {
+        own = (self.phi, self.alpha, self.bias)
+        settings: dict[str, Any] = {
             "iterations": cfg.sinkhorn_iterations,
             "eps": cfg.eps,
             "profile": cfg.profile,
             "mode": cfg.mode,
             "backend": cfg.backend,
+            "accumulate": self._accumulate,
+            "flat": True,
         }
+        if res is None or post is None or y is None:
+            return connect(x, *own, **settings)
+        return boundary(x, res, post, y, bias, *own, dropout_p=dropout_p, **settings)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Streams ``[..., n, C]`` to ``(H_pre [..., n], H_post [..., n], H_res [..., n, n])``, float32."""
-        return mappings(x, self.phi, self.alpha, self.bias, **self._settings())
-
-    def connect(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """`mhc_kernels.connect` with these parameters: streams ``[..., n*C]`` to (streams, u, post, res)."""
-        own = (self.phi, self.alpha, self.bias)
-        return connect(x, *own, accumulate=self._accumulate, flat=True, **self._settings())
-
-    def boundary(
-        self, x: Tensor, res: Tensor, post: Tensor, y: Tensor, bias: Tensor | None, dropout_p: float
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """`mhc_kernels.boundary` into this sublayer: the previous one's residual and output to (streams, u, post, res)."""
-        own = (self.phi, self.alpha, self.bias)
-        return boundary(
-            x, res, post, y, bias, *own, dropout_p=dropout_p, accumulate=self._accumulate, flat=True, **self._settings()
-        )
+    def fuses(self, x: Tensor) -> bool:
+        """Whether the boundary into this sublayer is one step on these streams, and not two by the reference."""
+        n = self.mhc_config.num_streams
+        return resolve_backend(self.mhc_config.backend, n, x.shape[-1] // n, x.dtype, x.device) == "triton"
 
 
 class ExitHead(Float32Module):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from mhc_megatron.config import MHCConfig
@@ -44,10 +45,10 @@ class HyperConnectionInput(NormWrapper):
             )
         prepared = take(hidden, self)
         if prepared is None:
-            hidden, u, post, res = self.hyper_connection.connect(hidden)
+            hidden, u, post, res = self.hyper_connection(hidden)
         else:
             u, post, res = prepared.u, prepared.post, prepared.res
-        return self.norm(u), Residual(hidden, post, res, *self._successor)
+        return self.norm(u), Residual(hidden, post, res, torch.is_grad_enabled(), *self._successor)
 
     def set_successor(self, reader: HyperConnectionInput) -> None:
         """Tell it which mHC input reads the streams after this sublayer."""

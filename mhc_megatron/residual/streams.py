@@ -13,13 +13,15 @@ if TYPE_CHECKING:
 class Residual(NamedTuple):
     """What an mHC input hands to the bias-dropout-add instead of Megatron's residual tensor.
 
-    x: ``[s, b, n*C]``, the streams' dtype; post ``[s, b, n]`` and res ``[s, b, n, n]``, float32. successor: the mHC input
-    that will read the result, if it is known (`chain`).
+    x: ``[s, b, n*C]``, the streams' dtype; post ``[s, b, n]`` and res ``[s, b, n, n]``, float32. grad: whether the
+    input ran with gradients (Megatron calls every add with them). successor: the mHC input that will read the result, if
+    it is known (`chain`).
     """
 
     x: Tensor
     post: Tensor
     res: Tensor
+    grad: bool
     successor: HyperConnectionInput | None = None
 
 

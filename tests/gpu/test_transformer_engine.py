@@ -101,9 +101,9 @@ def test_parameters_and_mappings_stay_float32(one_process: None) -> None:
     assert len(hyper) == 2 * 3 * config.num_layers
     assert all(p.dtype == torch.float32 for p in hyper.values())
     connection = model.module.decoder.layers[0].input_layernorm.hyper_connection
-    mappings = connection(torch.randn(8, 2, 4, 128, device="cuda").bfloat16())
-    assert all(m.dtype == torch.float32 for m in mappings)
-    assert (mappings[2].sum(-1) - 1).abs().max() < 1e-6
+    _, u, post, res = connection(torch.randn(8, 2, 4 * 128, device="cuda").bfloat16())
+    assert (u.dtype, post.dtype, res.dtype) == (torch.bfloat16, torch.float32, torch.float32)
+    assert (res.sum(-1) - 1).abs().max() < 1e-6
 
 
 def test_checkpoint_keys_do_not_depend_on_the_spec(one_process: None) -> None:

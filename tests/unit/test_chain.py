@@ -22,14 +22,13 @@ MHC = {"init": "paper", "init_alpha": 0.5}
 def calls(monkeypatch: pytest.MonkeyPatch) -> Counter:
     """How often a boundary was computed in one step, and how often its second half alone."""
     counts: Counter = Counter()
-    for name in ("boundary", "connect"):
-        original = getattr(HyperConnection, name)
+    original = HyperConnection.forward
 
-        def counted(self: Any, *args: Any, _name: str = name, _original: Any = original) -> Any:
-            counts[_name] += 1
-            return _original(self, *args)
+    def counted(self: Any, *args: Any) -> Any:
+        counts["boundary" if len(args) > 1 else "connect"] += 1
+        return original(self, *args)
 
-        monkeypatch.setattr(HyperConnection, name, counted)
+    monkeypatch.setattr(HyperConnection, "forward", counted)
     return counts
 
 
@@ -62,12 +61,25 @@ def test_interpreted_kernels_train_a_megatron_model(kind: str, calls: Counter) -
     assert_same(ours, gradients(reference))
 
 
+def test_reference_computes_nothing_twice(calls: Counter) -> None:
+    """Its boundary would be two steps: no link."""
+    config = models.make_config(**models.MOE)
+    gradients(models.build(config, MHCConfig(**MHC)))
+    assert calls == {"connect": 2 * config.num_layers}
+
+
 class TestCuts:
-    """Each changes what arrives at a sublayer; all of it is compared with a model whose chain was never linked."""
+    """Each changes what arrives at a sublayer; all of it is compared with a model whose chain was never linked.
+
+    With the (interpreted) kernels: only they link.
+    """
+
+    LAYERS = 3
 
     def build(self, **overrides: Any) -> tuple[torch.nn.Module, torch.nn.Module]:
+        settings = {**models.DENSE, "num_layers": self.LAYERS, **overrides}
         linked, unlinked = (
-            models.build(models.make_config(**models.MOE, **overrides), MHCConfig(**MHC)) for _ in range(2)
+            models.build(models.make_config(**settings), MHCConfig(**MHC, backend="triton")) for _ in range(2)
         )
         unlinked.load_state_dict(linked.state_dict())
         for module in unlinked.modules():
@@ -78,10 +90,10 @@ class TestCuts:
     def test_linked_equals_unlinked(self, calls: Counter) -> None:
         linked, unlinked = self.build()
         ours = gradients(linked)
-        assert calls["boundary"] == 2 * linked.config.num_layers - 1
+        assert calls == {"connect": 1, "boundary": 2 * self.LAYERS - 1}
         calls.clear()
         expected = gradients(unlinked)
-        assert calls == {"connect": 2 * linked.config.num_layers}
+        assert calls == {"connect": 2 * self.LAYERS}
         assert_same(ours, expected)
 
     def test_hook_replaces_the_streams(self, calls: Counter) -> None:
@@ -89,10 +101,12 @@ class TestCuts:
         for model in models_:
             layer = model.decoder.layers[0]
             layer.register_forward_hook(lambda module, inputs, output: (output[0] * 1.5, *output[1:]))
-        assert_same(gradients(models_[0]), gradients(models_[1]))
-        assert calls["connect"] > 2  # after the cut as well
+        ours = gradients(models_[0])
+        assert calls == {"connect": 2, "boundary": 2 * self.LAYERS - 1}  # after the cut as well
+        assert_same(ours, gradients(models_[1]))
 
-    def test_hook_changes_the_streams_in_place(self) -> None:
+    def test_hook_changes_the_streams_in_place(self, calls: Counter) -> None:
+        """In evaluation the sublayer after it starts anew; in training PyTorch refuses to go backward over it."""
         models_ = self.build()
         for model in models_:
             layer = model.decoder.layers[0]
@@ -103,41 +117,60 @@ class TestCuts:
 
             layer.register_forward_hook(change)
         with torch.no_grad():
-            ours, expected = (models.forward(model, models.tokens(0)) for model in models_)
-        torch.testing.assert_close(ours, expected)
+            ours = models.forward(models_[0], models.tokens(0))
+            assert calls["connect"] == 2
+            torch.testing.assert_close(ours, models.forward(models_[1], models.tokens(0)))
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            gradients(models_[0])
 
     @pytest.mark.parametrize("method", ["uniform", "block"])
-    def test_full_recompute(self, method: str, calls: Counter) -> None:
+    def test_full_recompute(self, method: str) -> None:
         config = {"recompute_granularity": "full", "recompute_method": method, "recompute_num_layers": 1}
-        linked, unlinked = self.build(**config)
-        assert_same(gradients(linked.train()), gradients(unlinked.train()))
+        recomputed, _ = self.build(**config)
         plain, _ = self.build()
-        plain.load_state_dict(linked.state_dict())
-        assert_same(gradients(linked.train()), gradients(plain.train()))
+        plain.load_state_dict(recomputed.state_dict())
+        assert_same(gradients(recomputed.train()), gradients(plain.train()))
 
-    def test_activation_checkpoint_around_a_layer(self) -> None:
-        """Not Megatron's own, which the chain knows of: its output is the inner tensor with another history."""
+    @pytest.mark.parametrize("reentrant", [True, False])
+    @pytest.mark.parametrize("layers", [(1,), (0, 1, 2)])
+    def test_activation_checkpoint_around_layers(self, reentrant: bool, layers: tuple[int, ...]) -> None:
+        """PyTorch's own, which the chain does not know of."""
         from torch.utils.checkpoint import checkpoint
 
-        models_ = self.build()
-        for model in models_:
-            layer = model.decoder.layers[1]
+        checkpointed, plain = self.build()
+        for k in layers:
+            layer = checkpointed.decoder.layers[k]
 
-            def checkpointed(hidden_states: Any, _inner: Any = layer.forward, **kwargs: Any) -> Any:
-                return checkpoint(lambda hidden: _inner(hidden, **kwargs), hidden_states, use_reentrant=True)
+            def forward(hidden_states: Any, _inner: Any = layer.forward, **kwargs: Any) -> Any:
+                return checkpoint(lambda hidden: _inner(hidden, **kwargs), hidden_states, use_reentrant=reentrant)
 
-            layer.forward = checkpointed
-        assert_same(gradients(models_[0]), gradients(models_[1]))
+            layer.forward = forward
+        assert_same(gradients(checkpointed), gradients(plain))
 
-    def test_evaluation(self, calls: Counter) -> None:
+    def test_evaluation_keeps_no_graph(self, calls: Counter) -> None:
+        """Megatron runs every bias-dropout-add with gradients enabled, in evaluation as well."""
         linked, unlinked = self.build()
+        seen: list[torch.Tensor] = []
+        for layer in linked.decoder.layers:
+            layer.register_forward_hook(lambda module, inputs, output: seen.append(output[0]))
         with torch.no_grad():
-            ours, expected = (models.forward(model.eval(), models.tokens(0)) for model in (linked, unlinked))
-        torch.testing.assert_close(ours, expected)
-        assert calls["boundary"] == 2 * linked.config.num_layers - 1
+            ours = models.forward(linked.eval(), models.tokens(0))
+            assert calls == {"connect": 1, "boundary": 2 * self.LAYERS - 1}
+            torch.testing.assert_close(ours, models.forward(unlinked.eval(), models.tokens(0)))
+        assert len(seen) == self.LAYERS
+        assert not any(hidden.requires_grad for hidden in seen)
+
+    @pytest.mark.parametrize("backend", ["triton", "reference"])
+    def test_inference_mode(self, backend: str) -> None:
+        config = models.make_config(**models.DENSE, num_layers=2)
+        model = models.build(config, MHCConfig(**MHC, backend=backend)).eval()
+        with torch.no_grad():
+            expected = models.forward(model, models.tokens(0))
+        with torch.inference_mode():
+            torch.testing.assert_close(models.forward(model, models.tokens(0)), expected)
 
     def test_two_models_do_not_mix(self) -> None:
-        """Built one after the other; and a model whose layers were built out of order is not linked wrongly."""
+        """Built one after the other, each is linked to itself."""
         first, second = (models.build(models.make_config(**models.MOE), MHCConfig(**MHC)) for _ in range(2))
         for model in (first, second):
             readers = [m for m in model.modules() if isinstance(m, HyperConnectionInput)]

@@ -13,6 +13,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlock
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
+from mhc_kernels import mappings
 from mhc_megatron import MHCConfig, to_mhc_spec
 from mhc_megatron.residual.input import HyperConnectionInput
 from tests import models
@@ -146,8 +147,9 @@ def test_streams_part_and_mappings_move(mode: str) -> None:
     seen: dict[int, tuple] = {}
 
     def record(module: HyperConnectionInput, inputs: tuple, output: tuple) -> None:
-        x = output[1].x.detach().unflatten(-1, (4, -1))
-        seen[id(module)] = (x, *(t.detach() for t in module.hyper_connection(x)))
+        x, hc = output[1].x.detach().unflatten(-1, (4, -1)), module.hyper_connection
+        maps = mappings(x, hc.phi.detach(), hc.alpha.detach(), hc.bias.detach(), mode=mode)
+        seen[id(module)] = (x, *maps)
 
     connections = [m for m in model.modules() if isinstance(m, HyperConnectionInput)]
     for connection in connections:
@@ -165,12 +167,12 @@ def test_streams_part_and_mappings_move(mode: str) -> None:
     assert losses[-1] < 0.8 * losses[0]
     models.forward(model, models.tokens(0))
     for k, connection in enumerate(connections):
-        x, *mappings = seen[id(connection)]
+        x, *maps = seen[id(connection)]
         if k == 0:  # the first sublayer reads copies of the embedding: no matrix with rows that sum to 1 changes them
-            mappings = mappings[:2]
+            maps = maps[:2]
         else:
             assert (x - x.mean(-2, keepdim=True)).norm() / x.norm() > 1e-2
-        for before, after in zip(start[id(connection)][1:], mappings, strict=False):
+        for before, after in zip(start[id(connection)][1:], maps, strict=False):
             assert (after - before).abs().max() > 1e-3
             assert after.flatten(2).std(dim=(0, 1)).max() > 1e-5, "the mapping does not depend on the token"
 
@@ -209,7 +211,7 @@ class TestBf16Model:
             sign = torch.sign(torch.randn(16, generator=g))
             connection.bias[8:] = torch.rand(16, generator=g) if scale == 1 else scale * sign
             connection.alpha.fill_(0.0)
-            pre, post, res = connection(x)
+            pre, post, res = mappings(x, connection.phi, connection.alpha, connection.bias)
         for mapping in (pre, post, res):
             assert mapping.dtype == torch.float32
             assert torch.isfinite(mapping).all()

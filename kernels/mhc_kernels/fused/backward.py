@@ -195,7 +195,10 @@ def _aggregate_backward(
     tl.store(factor_ptr + T + at, -dr * r * r * r / (N * C), mask=exists)
 
 
-@triton.jit(do_not_specialize=["T", "TOTALS", "PRE_TOTALS", "PARTS"])
+@triton.jit(
+    do_not_specialize=["T", "TOTALS", "PRE_TOTALS", "PARTS"],
+    do_not_specialize_on_alignment=["dalpha_ptr", "dbias_ptr", "dphi_ptr"],
+)
 def stream_backward_kernel(
     g_ptr, du_ptr, x_ptr, y_ptr, y_bias_ptr, seed_ptr, res_ptr, post_ptr, pre_ptr, da_ptr, factor_ptr, w_ptr,
     dx_ptr, dy_ptr, dres_ptr, dpost_ptr,

@@ -79,10 +79,10 @@ def boundary(
     w = torch.empty((s.c * s.padded_streams, s.width), dtype=s.product_dtype, device=x.device)
     block = configs.pack(s.padded_rows, s.padded_streams, s.c)
     _pack(cdiv(s.c, block), (phi, w, w_back), (s.rows,), (s.c, s.n, s.padded_streams, s.padded_rows, block, s.bf16), 4)
-    split = configs.mix_project(s.n, s.c, s.t, s.bf16).SPLIT
+    split = configs.mix_project(s.n, s.c, s.bf16).SPLIT
     sums = torch.empty((split, s.t, s.padded_rows), dtype=torch.float32, device=x.device)
     launch_mix_project(s, x, res, post, y, y_bias, seed, p, w, x if y is None else out, sums)
-    config = configs.aggregate(s.n, s.c, s.t, s.bf16)
+    config = configs.aggregate(s.n, s.c, s.bf16)
     block = configs.token_block(s.n)
     programs = cdiv(s.t, block)
     meta = (
@@ -163,15 +163,15 @@ def boundary_backward(
         return gradients
     lead, device = x.shape[:-1], x.device
     if dpost_out is None:
-        dpost_out = torch.zeros((*lead, s.n), device=device)
+        dpost_out = torch.zeros((*lead, s.n), dtype=torch.float32, device=device)
     if dres_out is None:
-        dres_out = torch.zeros((*lead, s.n, s.n), device=device)
+        dres_out = torch.zeros((*lead, s.n, s.n), dtype=torch.float32, device=device)
     if du is None and dpre is None:
-        dpre = torch.zeros((*lead, s.n), device=device)
+        dpre = torch.zeros((*lead, s.n), dtype=torch.float32, device=device)
     if main_phi is not None and main_alpha is not None and main_bias is not None:
         dphi, dalpha, dbias = main_phi, main_alpha, main_bias
 
-    c = configs.mapping_backward(s.n, s.c, s.t, s.bf16)
+    c = configs.mapping_backward(s.n, s.c, s.bf16)
     maps, rows = cdiv(s.t, configs.token_block(s.n)), 0 if du is None else cdiv(s.t, c.BM)
     da = torch.empty((s.t, s.width), dtype=s.product_dtype, device=device)
     factor = torch.empty((2, s.t), dtype=torch.float32, device=device)
@@ -191,7 +191,7 @@ def boundary_backward(
     )  # fmt: skip
 
     k = s.n * s.c
-    columns = configs.phi_backward(s.n, s.c, s.t, s.bf16)
+    columns = configs.phi_backward(s.n, s.c, s.bf16)
     length = cdiv(cdiv(s.t, columns.PARTS), columns.BM) * columns.BM
     parts = cdiv(s.t, length)
     partials = torch.empty((parts, s.padded_rows, k), dtype=torch.float32, device=device)

@@ -29,7 +29,7 @@ def power_of_two(value: int, least: int = 1) -> int:
     return max(least, 1 << max(0, value - 1).bit_length())
 
 
-def _fit(config: Rows, t: int, c: int) -> Rows:
+def _fit(config: Rows, c: int) -> Rows:
     if INTERPRET:  # cost follows the number of operations: few, big tiles
         config = Rows(64, 256, 8, 2, 1, 4)
     bc = min(config.BC, power_of_two(c, 16))
@@ -38,41 +38,41 @@ def _fit(config: Rows, t: int, c: int) -> Rows:
 
 
 @cache
-def mix_project(n: int, c: int, t: int, bf16: bool) -> Rows:
+def mix_project(n: int, c: int, bf16: bool) -> Rows:
     """Configuration of `mix_project_kernel`."""
     if not bf16:
-        return _fit(Rows(32, 32, 8, 2, 2, 8) if n <= 4 else Rows(32, 16, 8, 2, 1, 8), t, c)
+        return _fit(Rows(32, 32, 8, 2, 2, 8) if n <= 4 else Rows(32, 16, 8, 2, 1, 8), c)
     if n > 4:
-        return _fit(Rows(64, 16, 8, 4, 2, 8), t, c)
+        return _fit(Rows(64, 16, 8, 4, 2, 8), c)
     if n <= 2:
-        return _fit(Rows(64, 128, 8, 2, 3, 8, SWAP=True), t, c)
-    return _fit(Rows(64, 64, 8, 2, 3, 8), t, c)
+        return _fit(Rows(64, 128, 8, 2, 3, 8, SWAP=True), c)
+    return _fit(Rows(64, 64, 8, 2, 3, 8), c)
 
 
 @cache
-def aggregate(n: int, c: int, t: int, bf16: bool) -> Rows:
+def aggregate(n: int, c: int, bf16: bool) -> Rows:
     """Configuration of `map_aggregate_kernel` and the kernels of `aggregate`."""
     if n > 4 or not bf16:
-        return _fit(Rows(8, 128, 8, 1, 2, 4), t, c)
-    return _fit(Rows(4, 512, 8, 1, 3, 4), t, c)
+        return _fit(Rows(8, 128, 8, 1, 2, 4), c)
+    return _fit(Rows(4, 512, 8, 1, 3, 4), c)
 
 
 @cache
-def stream_backward(n: int, c: int, t: int, bf16: bool) -> Rows:
+def stream_backward(n: int, c: int, bf16: bool) -> Rows:
     """Configuration of `stream_backward_kernel`."""
     if not bf16:
-        return _fit(Rows(16, 32, 8, 1, 2, 4), t, c)
+        return _fit(Rows(16, 32, 8, 1, 2, 4), c)
     if n > 4:
-        return _fit(Rows(16, 32, 4, 1, 2, 4), t, c)
-    return _fit(Rows(16, 64, 4, 1, 3, 4), t, c)
+        return _fit(Rows(16, 32, 4, 1, 2, 4), c)
+    return _fit(Rows(16, 64, 4, 1, 3, 4), c)
 
 
 @cache
-def mapping_backward(n: int, c: int, t: int, bf16: bool) -> Rows:
+def mapping_backward(n: int, c: int, bf16: bool) -> Rows:
     """Configuration of `mapping_backward_kernel`."""
     if n > 4 or not bf16:
-        return _fit(Rows(16, 128, 8, 1, 2, 4), t, c)
-    return _fit(Rows(16, 128, 8, 1, 3, 4), t, c)
+        return _fit(Rows(16, 128, 8, 1, 2, 4), c)
+    return _fit(Rows(16, 128, 8, 1, 3, 4), c)
 
 
 REDUCE_BLOCK = 8192 if INTERPRET else 2048  # elements of dphi a program adds up
@@ -101,7 +101,7 @@ class Columns(NamedTuple):
 
 
 @cache
-def phi_backward(n: int, c: int, t: int, bf16: bool) -> Columns:
+def phi_backward(n: int, c: int, bf16: bool) -> Columns:
     """Configuration of `phi_backward_kernel`: as many parts as are resident at once on 132 multiprocessors."""
     config = Columns(64, 128, 1, 3, 4)
     resident = 264

@@ -25,6 +25,14 @@ def new_seed(device: torch.device) -> Tensor:
     return torch.randint(2**62, (1,), dtype=torch.int64, device=device)
 
 
+def _refuse_second_derivatives() -> None:
+    """Raises RuntimeError in a backward that is to be differentiated itself."""
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling() and not torch._C._len_torch_dispatch_stack():
+        raise RuntimeError(
+            "mhc_kernels: the Triton kernels have no second derivatives (create_graph=True); use backend='reference'"
+        )
+
+
 def _contiguous(gradient: Tensor | None) -> Tensor | None:
     return None if gradient is None else gradient.contiguous()
 
@@ -32,7 +40,7 @@ def _contiguous(gradient: Tensor | None) -> Tensor | None:
 def _bias_gradient(dy: Tensor, y_bias: Tensor | None) -> Tensor | None:
     if y_bias is None:
         return None
-    return dy.flatten(0, -2).sum(0, dtype=torch.float32).to(y_bias.dtype)
+    return dy.reshape(-1, dy.shape[-1]).sum(0, dtype=torch.float32).to(y_bias.dtype)
 
 
 def _main_gradients(parameters: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
@@ -65,6 +73,7 @@ class Boundary(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, g: Tensor | None, du: Tensor | None, dpost: Tensor | None, dres: Tensor | None) -> Any:
+        _refuse_second_derivatives()
         x, res, post, y, y_bias, seed, out, pre, saved, w, phi, alpha, bias = ctx.saved_tensors
         dx, dy, dres_in, dpost_in, *parameters = _boundary_backward(
             ctx, g, du, None, dpost, dres, x, res, post, y, y_bias, seed, ctx.p, out, pre, saved, w, phi, alpha, bias
@@ -90,6 +99,7 @@ class Connect(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, g: Tensor | None, du: Tensor | None, dpost: Tensor | None, dres: Tensor | None) -> Any:
+        _refuse_second_derivatives()
         x, pre, saved, w, phi, alpha, bias = ctx.saved_tensors
         dx, _, _, _, *parameters = _boundary_backward(
             ctx, g, du, None, dpost, dres, x, None, None, None, None, None, 0.0, x, pre, saved, w, phi, alpha, bias
@@ -114,6 +124,7 @@ class Mappings(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dpre: Tensor | None, dpost: Tensor | None, dres: Tensor | None) -> Any:
+        _refuse_second_derivatives()
         x, pre, saved, w, phi, alpha, bias = ctx.saved_tensors
         dx, _, _, _, *parameters = _boundary_backward(
             ctx, None, None, dpre, dpost, dres, x, None, None, None, None, None, 0.0, x, pre, saved, w, phi, alpha, bias
@@ -154,6 +165,7 @@ class Mix(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Any:
+        _refuse_second_derivatives()
         x, res, post, y, y_bias, seed = ctx.saved_tensors
         dx, dy, dres, dpost = single.mix_backward(g.contiguous(), x, res, post, y, y_bias, seed, ctx.p)
         return dx, dres, dpost, dy, _bias_gradient(dy, y_bias), None, None
@@ -169,6 +181,7 @@ class Aggregate(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, du: Tensor) -> Any:
+        _refuse_second_derivatives()
         return single.aggregate_backward(du.contiguous(), *ctx.saved_tensors)
 
 
@@ -183,5 +196,6 @@ class Sinkhorn(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dres: Tensor) -> Any:
+        _refuse_second_derivatives()
         (logits,) = ctx.saved_tensors
         return single.sinkhorn_backward(dres.contiguous(), logits, ctx.iterations, ctx.eps), None, None

@@ -33,11 +33,15 @@ class Launcher:
     Args:
         kernel: a ``triton.jit`` function whose run-time arguments come first, its constexpr arguments after them. The dtypes of
             its tensors must follow from those of the first two and the constexpr arguments.
+        unaligned: the last so many tensors may be at any address (``do_not_specialize_on_alignment``): Megatron's gradient
+            buffers have no gaps.
     """
 
-    def __init__(self, kernel: Any):
+    def __init__(self, kernel: Any, unaligned: int = 0):
         self.kernel = kernel
+        self.aligned = -unaligned or None
         self._compiled: dict[tuple, Any] = {}
+        self._built: set[tuple] = set()
 
     def __call__(
         self, grid: int | tuple[int, int], tensors: tuple[Tensor, ...], scalars: tuple, meta: tuple, warps: int
@@ -50,11 +54,11 @@ class Launcher:
             return
         pointers = [tensor.data_ptr() for tensor in tensors]
         bits = 0
-        for pointer in pointers:
+        for pointer in pointers[: self.aligned]:
             bits |= pointer
         key: tuple = (meta, warps, tensors[0].dtype, tensors[1].dtype, device, bits % _ALIGNMENT)
         if bits % _ALIGNMENT:  # rare: which of them are not aligned is part of what is compiled
-            key = (*key, *[pointer % _ALIGNMENT for pointer in pointers])
+            key = (*key, *[pointer % _ALIGNMENT for pointer in pointers[: self.aligned]])
         compiled = self._compiled.get(key)
         if compiled is None:
             self._compiled[key] = self._by_triton(device, blocks, tensors, scalars, meta, warps)
@@ -84,6 +88,9 @@ class Launcher:
                 compiled = self.kernel[blocks](*tensors, *scalars, *meta, num_warps=warps)
         else:  # the interpreter
             compiled = self.kernel[blocks](*tensors, *scalars, *meta)
-        CompileTimes.kernels += 1
-        CompileTimes.seconds += time.perf_counter() - started
+        built = (meta, warps, device, *[tensor.dtype for tensor in tensors[:2]])
+        if built not in self._built:
+            self._built.add(built)
+            CompileTimes.kernels += 1
+            CompileTimes.seconds += time.perf_counter() - started
         return compiled

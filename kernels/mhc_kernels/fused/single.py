@@ -12,7 +12,7 @@ from mhc_kernels.fused.launch import Launcher
 from mhc_kernels.fused.library import Sizes, cdiv, operator, sizes
 
 _mix_project = Launcher(forward.mix_project_kernel)
-_stream_backward = Launcher(backward.stream_backward_kernel)
+_stream_backward = Launcher(backward.stream_backward_kernel, unaligned=3)
 _aggregate = Launcher(forward.aggregate_kernel)
 _aggregate_backward = Launcher(backward.aggregate_backward_kernel)
 _sinkhorn = Launcher(forward.sinkhorn_kernel)
@@ -24,7 +24,7 @@ def launch_mix_project(
     p: float, w: Tensor | None, out: Tensor, sums: Tensor | None,
 ) -> None:  # fmt: skip
     """`mix_project_kernel`: mixes if y is given, projects if w is."""
-    config = configs.mix_project(s.n, s.c, s.t, s.bf16)
+    config = configs.mix_project(s.n, s.c, s.bf16)
     # A pointer that is not used may be any.
     tensors = (x, _or(y, x), _or(y_bias, x), _or(seed, x), _or(res, x), _or(post, x), _or(w, x), out, _or(sums, x))
     meta = (
@@ -58,7 +58,7 @@ def launch_stream_backward(
     out: dx, dy, dres, dpost.
     """
     dx, dy, dres, dpost = out
-    config = configs.stream_backward(s.n, s.c, s.t, s.bf16)
+    config = configs.stream_backward(s.n, s.c, s.bf16)
     sums, accumulates = ((x,) * 6, False) if partials is None else (partials[:6], partials.accumulates)
     counts = (0, 0, 0) if partials is None else tuple(t.shape[0] for t in partials[:3])
     tensors = (
@@ -133,7 +133,7 @@ def aggregate(x: Tensor, pre: Tensor) -> Tensor:
     s = sizes(x, pre.shape[-1])
     u = x.new_empty(_u_shape(x, s.n))
     if s.t:
-        config = configs.aggregate(s.n, s.c, s.t, s.bf16)
+        config = configs.aggregate(s.n, s.c, s.bf16)
         _aggregate(
             cdiv(s.t, config.BM), (x, pre, u), (s.t,), (s.n, s.c, config.BM, config.BC, config.STAGES), config.warps
         )
@@ -149,7 +149,7 @@ def aggregate_backward(du: Tensor, x: Tensor, pre: Tensor) -> tuple[Tensor, Tens
     s = sizes(x, pre.shape[-1])
     dx, dpre = torch.empty_like(x), torch.empty_like(pre)
     if s.t:
-        config = configs.aggregate(s.n, s.c, s.t, s.bf16)
+        config = configs.aggregate(s.n, s.c, s.bf16)
         meta = (s.n, s.c, config.BM, config.BC, config.V, config.STAGES)
         _aggregate_backward(cdiv(s.t, config.BM), (du, x, pre, dx, dpre), (s.t,), meta, config.warps)
     return dx, dpre
