@@ -203,3 +203,15 @@ def test_missing_script(tmp_path: Path) -> None:
     done = subprocess.run(run, capture_output=True, text=True)
     assert done.returncode == 2
     assert "no training script at" in done.stderr
+
+
+def test_overlapped_parameter_gather(folder: Path) -> None:
+    """Megatron gathers parameters while the forward runs and waits in hooks on the modules that own them."""
+    bf16 = [
+        "--enable-mhc",
+        "--mhc-init=paper",
+        "--bf16",
+    ]  # float32 mHC parameters then have a buffer, and a gather, of their own
+    plain = train(folder, *bf16, processes=2)
+    overlapped = train(folder, *bf16, "--overlap-grad-reduce", "--overlap-param-gather", processes=2)
+    close(overlapped, plain, 1e-6)

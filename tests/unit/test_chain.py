@@ -61,6 +61,18 @@ def test_interpreted_kernels_train_a_megatron_model(kind: str, calls: Counter) -
     assert_same(ours, gradients(reference))
 
 
+@pytest.mark.parametrize("backend", ["triton", "reference"])
+def test_module_hooks_run_before_parameters_are_read(backend: str) -> None:
+    """Megatron waits for overlapped parameter gathers in forward pre-hooks: fused or not, every hyper-connection is called."""
+    model = models.build(models.make_config(**models.DENSE, num_layers=2), MHCConfig(**MHC, backend=backend))
+    called: Counter = Counter()
+    names = {module: name for name, module in model.named_modules() if isinstance(module, HyperConnection)}
+    for module in names:
+        module.register_forward_pre_hook(lambda module, arguments: called.update([names[module]]))
+    models.forward(model, models.tokens(0))
+    assert called == Counter(names.values())
+
+
 def test_reference_computes_nothing_twice(calls: Counter) -> None:
     """Its boundary would be two steps: no link."""
     config = models.make_config(**models.MOE)

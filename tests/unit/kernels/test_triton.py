@@ -155,7 +155,7 @@ def test_separate_operations(n: int) -> None:
         u = aggregate(leaves["x"], pre, backend=backend)
         out = mix(leaves["x"], res, post, leaves["y"], leaves["bias"], backend=backend)
         g = case.gradients
-        # Gradients into the mappings from outside as well, and one of them of an expanded tensor.
+        # Gradients into the mappings from outside as well.
         torch.autograd.backward((out, u, pre), (g[0].to(out.dtype), g[1].to(out.dtype), g[2].to(pre.dtype)))
         leaves["results"] = torch.cat([t.flatten() for t in (pre, post, res, u, out)])
     assert error(ours.pop("results"), exact.pop("results")) <= 1e-5
@@ -390,8 +390,11 @@ def test_leading_dimensions_and_flat_streams() -> None:
 class TestErrors:
     def test_strides(self) -> None:
         case = Case(8, 4, 32)
-        for name in ("x", "res", "y"):
-            wrong = case.arguments[name].transpose(0, 1).contiguous().transpose(0, 1)
+        strided = {
+            name: case.arguments[name].transpose(0, 1).contiguous().transpose(0, 1) for name in ("x", "res", "y")
+        }
+        strided |= {name: torch.ones(*case.arguments[name].shape, 2, device=DEVICE)[..., 0] for name in PARAMETERS}
+        for name, wrong in strided.items():
             with pytest.raises(ValueError, match=rf"{name} must be contiguous .* call {name}.contiguous\(\)"):
                 boundary(**{**case.arguments, name: wrong}, backend="triton")
 
@@ -414,6 +417,21 @@ class TestErrors:
             with pytest.warns(UserWarning, match="multiple of 16, not 40; the slow reference runs instead"):
                 aggregate(x, pre)
         assert aggregate(x, pre).shape == (2, 40)
+
+    def test_shapes_are_checked_at_every_call(self) -> None:
+        """The checks of a call that passed before are skipped, those of any other are not."""
+        arguments = Case(8, 4, 32).arguments
+        boundary(**arguments, backend="triton")
+        with pytest.raises(ValueError, match=r"alpha must be \[3\]"):
+            boundary(**{**arguments, "next_alpha": arguments["next_alpha"][:1]}, backend="triton")
+        with pytest.raises(ValueError, match="post must be"):
+            boundary(**{**arguments, "post": arguments["post"][:4]}, backend="triton")
+
+    def test_second_derivatives(self) -> None:
+        leaves = Case(8, 4, 32).leaves()
+        out = boundary(**leaves, backend="triton")[0]
+        with pytest.raises(RuntimeError, match=r"no second derivatives .* use backend='reference'"):
+            torch.autograd.grad(out.sum(), leaves["x"], create_graph=True)
 
     def test_dropout_probability(self) -> None:
         a = Case(4, 4, 16).arguments
