@@ -12,17 +12,13 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-
-sys.path.insert(0, str(Path(__file__).parent))
-
 import cases
+import torch
 from timing import bandwidth, gpu_us, graph_us, host_us, launches
 
 from mhc_kernels import boundary, connect, mix

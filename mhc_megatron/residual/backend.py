@@ -79,4 +79,5 @@ def _build(
 
 @cache
 def _report(choice: str) -> None:
+    # At the level that Megatron shows by default.
     log_single_rank(_logger, logging.WARNING, f"mHC: kernels: {choice}")

@@ -124,8 +124,10 @@ class HyperConnection(Float32Module):
             "accumulate": self._accumulate,
             "flat": True,
         }
-        if res is None or post is None or y is None:
+        if y is None:
             return connect(x, *own, **settings)
+        assert res is not None
+        assert post is not None
         return boundary(x, res, post, y, bias, *own, dropout_p=dropout_p, **settings)
 
     def fuses(self, x: Tensor) -> bool:

@@ -1,2 +1,1 @@
-"""Triton kernels of the mHC operations, forward and backward. Import `mhc_kernels`, not this package: triton is
-optional there."""
+"""Triton kernels of the mHC operations, forward and backward. Import `mhc_kernels`: there triton is optional."""

@@ -391,11 +391,7 @@ def sinkhorn_backward_kernel(
     N: tl.constexpr, P: tl.constexpr, ITERATIONS: tl.constexpr, EPS: tl.constexpr, BS: tl.constexpr,
 ):  # fmt: skip
     """logits, dres [T, N*N] -> dlogits [T, N*N]."""
-    rows = (tl.program_id(0) * BS + tl.arange(0, BS))[:, None, None]
-    i = sinkhorn.row_index(P)
-    j = sinkhorn.column_index(P)
-    inside = (rows < T) & (i < N) & (j < N)
-    at = rows.to(tl.int64) * (N * N) + i * N + j
+    at, inside = sinkhorn.places(T, N, P, BS)
     logits = tl.load(logits_ptr + at, mask=inside, other=0.0).to(tl.float32)
     dm = tl.load(dres_ptr + at, mask=inside, other=0.0)
     g = sinkhorn.backward(logits, dm, ITERATIONS, EPS, N, P)

@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from triton import cdiv
 
 from mhc_kernels.fused import backward, configs, forward, pack
 from mhc_kernels.fused.launch import Launcher
-from mhc_kernels.fused.library import cdiv, operator, sizes
+from mhc_kernels.fused.library import operator, sizes
 from mhc_kernels.fused.single import Partials, launch_mix_project, launch_stream_backward
 from mhc_kernels.reference import streams_of
 

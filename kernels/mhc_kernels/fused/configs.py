@@ -1,13 +1,14 @@
-"""Block sizes of every kernel, by shape and architecture: fixed, so that the first call does not tune and every run has
-the same bits.
+"""Block sizes of every kernel, by n, C and dtype: fixed, so that the first call does not tune and every run has the same bits.
 
-Measured on an H200 (sm_90) with n = 4; see kernels/README.md. Other architectures get the same sizes, other n scaled ones.
+Chosen on an H200 (sm_90) in bf16 with n = 4 and 2, and roughly for 8; see kernels/README.md. Every architecture gets them.
 """
 
 from __future__ import annotations
 
 from functools import cache
 from typing import NamedTuple
+
+from triton import cdiv, next_power_of_2
 
 from mhc_kernels.fused.launch import INTERPRET
 
@@ -24,15 +25,10 @@ class Rows(NamedTuple):
     SWAP: bool = False
 
 
-def power_of_two(value: int, least: int = 1) -> int:
-    """The smallest power of two >= value and least."""
-    return max(least, 1 << max(0, value - 1).bit_length())
-
-
 def _fit(config: Rows, c: int) -> Rows:
     if INTERPRET:  # cost follows the number of operations: few, big tiles
         config = Rows(64, 256, 8, 2, 1, 4)
-    bc = min(config.BC, power_of_two(c, 16))
+    bc = min(config.BC, max(16, next_power_of_2(c)))
     split = max(1, min(config.SPLIT, c // bc))
     return config._replace(BC=bc, SPLIT=split)
 
@@ -79,7 +75,7 @@ REDUCE_BLOCK = 8192 if INTERPRET else 2048  # elements of dphi a program adds up
 
 
 def token_block(n: int) -> int:
-    """Tokens a program (4 warps) of the mappings: a thread holds a quarter row of a token's n*n matrix or more."""
+    """Tokens a program of the mappings: their n*n matrices are in its registers, with the sums of 20 Sinkhorn iterations."""
     if INTERPRET:
         return 64
     return 64 if n <= 4 else 8
@@ -87,7 +83,7 @@ def token_block(n: int) -> int:
 
 def pack(padded_rows: int, padded_streams: int, c: int) -> int:
     """Channels a program of `pack_kernel`: tiles of 8192 elements at most."""
-    return min(power_of_two(c), 256 if INTERPRET else max(1, 8192 // (padded_rows * padded_streams)))
+    return min(next_power_of_2(c), 256 if INTERPRET else max(1, 8192 // (padded_rows * padded_streams)))
 
 
 class Columns(NamedTuple):
@@ -110,6 +106,8 @@ def phi_backward(n: int, c: int, bf16: bool) -> Columns:
     elif n > 5:
         config, resident = Columns(64, 128, 1, 3, 8), 132
     if INTERPRET:
-        return Columns(64, min(256, power_of_two(n * c, 16)), 2, 1, 4)
-    blocks = -(-n * c // config.BK)
-    return config._replace(BK=min(config.BK, power_of_two(n * c, 16)), PARTS=max(1, min(16, resident // blocks)))
+        return Columns(64, min(256, max(16, next_power_of_2(n * c))), 2, 1, 4)
+    blocks = cdiv(n * c, config.BK)
+    return config._replace(
+        BK=min(config.BK, max(16, next_power_of_2(n * c))), PARTS=max(1, min(16, resident // blocks))
+    )

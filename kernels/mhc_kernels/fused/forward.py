@@ -222,10 +222,6 @@ def sinkhorn_kernel(
     N: tl.constexpr, P: tl.constexpr, ITERATIONS: tl.constexpr, EPS: tl.constexpr, BS: tl.constexpr,
 ):  # fmt: skip
     """logits [T, N*N] -> res [T, N*N]."""
-    rows = (tl.program_id(0) * BS + tl.arange(0, BS))[:, None, None]
-    i = sinkhorn.row_index(P)
-    j = sinkhorn.column_index(P)
-    inside = (rows < T) & (i < N) & (j < N)
-    at = rows.to(tl.int64) * (N * N) + i * N + j
+    at, inside = sinkhorn.places(T, N, P, BS)
     logits = tl.load(logits_ptr + at, mask=inside, other=0.0).to(tl.float32)
     tl.store(res_ptr + at, sinkhorn.forward(logits, ITERATIONS, EPS, N, P), mask=inside)

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from triton import next_power_of_2
 
-from mhc_kernels.fused.configs import power_of_two
 from mhc_kernels.fused.launch import INTERPRET
 
 _LIBRARY = torch.library.Library("mhc_kernels", "DEF")
@@ -19,8 +19,8 @@ def operator(schema: str, fake: Callable[..., Any]) -> Callable[[Callable[..., A
     """Define an operator: the decorated function on CUDA (under Triton's interpreter on the CPU), ``fake`` for shapes.
 
     What the decorator returns goes through PyTorch's dispatcher only where something may be listening there: in a
-    compiler, under a dispatch mode (fake tensors), or for tensor subclasses. Else it calls the function: the dispatcher
-    takes 20 us a call.
+    compiler, under a dispatch mode (fake tensors), or for tensor subclasses. Else it calls the function, which
+    saves the dispatcher's host time.
     """
     name = schema.split("(")[0]
     _LIBRARY.define(schema)
@@ -60,10 +60,10 @@ class Sizes:
     def __init__(self, t: int, c: int, n: int, dtype: torch.dtype):
         self.t, self.c, self.n = t, c, n
         self.rows = n * n + 2 * n
-        self.padded_rows = power_of_two(self.rows + 1, 16 if n == 1 else 32)
-        self.padded_streams = power_of_two(n)
-        self.padded_totals = power_of_two(self.rows + 3)
-        self.padded_pre = power_of_two(n + 1)
+        self.padded_rows = max(16 if n == 1 else 32, next_power_of_2(self.rows + 1))
+        self.padded_streams = next_power_of_2(n)
+        self.padded_totals = next_power_of_2(self.rows + 3)
+        self.padded_pre = next_power_of_2(n + 1)
         self.bf16 = dtype == torch.bfloat16
         # The interpreter keeps bf16 as uint16: there the same values are multiplied in float32.
         self.dot32 = not self.bf16 or INTERPRET
@@ -78,8 +78,3 @@ def sizes(x: Tensor, n: int) -> Sizes:
     """`Sizes` of streams x ``[..., n*C]``."""
     width = x.shape[-1]
     return _sizes(x.numel() // width, width // n, n, x.dtype)
-
-
-def cdiv(a: int, b: int) -> int:
-    """a / b, rounded up."""
-    return -(-a // b)

@@ -6,10 +6,11 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from triton import cdiv, next_power_of_2
 
 from mhc_kernels.fused import backward, configs, forward
 from mhc_kernels.fused.launch import Launcher
-from mhc_kernels.fused.library import Sizes, cdiv, operator, sizes
+from mhc_kernels.fused.library import Sizes, operator, sizes
 
 _mix_project = Launcher(forward.mix_project_kernel)
 _stream_backward = Launcher(backward.stream_backward_kernel, unaligned=3)
@@ -165,7 +166,7 @@ def sinkhorn(logits: Tensor, iterations: int, eps: float) -> Tensor:
     t, n = logits.shape[:-2].numel(), logits.shape[-1]
     if t:
         block = configs.token_block(n)
-        _sinkhorn(cdiv(t, block), (logits, res), (t,), (n, configs.power_of_two(n), iterations, eps, block), 4)
+        _sinkhorn(cdiv(t, block), (logits, res), (t,), (n, next_power_of_2(n), iterations, eps, block), 4)
     return res
 
 
@@ -179,6 +180,6 @@ def sinkhorn_backward(dres: Tensor, logits: Tensor, iterations: int, eps: float)
     t, n = logits.shape[:-2].numel(), logits.shape[-1]
     if t:
         block = configs.token_block(n)
-        meta = (n, configs.power_of_two(n), iterations, eps, block)
+        meta = (n, next_power_of_2(n), iterations, eps, block)
         _sinkhorn_backward(cdiv(t, block), (logits, dres, dlogits), (t,), meta, 4)
     return dlogits

@@ -7,9 +7,8 @@ neighbours. After it every row sum and column sum lies in [1 / n^2, n^2], so the
 products; nothing can overflow or lose a row.
 
 The backward follows the same steps in reverse. For a normalisation ``m' = m / sum(m)`` and G the gradient with respect to
-``log m'``, the gradient with respect to ``log m`` is ``G - m' * sum(G)``: only m' is needed, and going back ``m = m' *
-sum`` gives it
-from the sums alone, which the unrolled forward leaves in registers.
+``log m'``, the gradient with respect to ``log m`` is ``G - m' * sum(G)``: only m' is needed, and going back
+``m = m' * sum`` gives it from the sums alone, which the unrolled forward leaves in registers.
 """
 
 import triton
@@ -26,6 +25,15 @@ def row_index(P: tl.constexpr):
 def column_index(P: tl.constexpr):
     """j of ``m[:, i, j]``, the stream that sends."""
     return tl.arange(0, P)[None, None, :]
+
+
+@triton.jit
+def places(T, N: tl.constexpr, P: tl.constexpr, BS: tl.constexpr):
+    """Where this program's matrices are in an array ``[T, N*N]``, ``[BS, P, P]``; and which of them exist."""
+    rows = (tl.program_id(0) * BS + tl.arange(0, BS))[:, None, None]
+    i = row_index(P)
+    j = column_index(P)
+    return rows.to(tl.int64) * (N * N) + i * N + j, (rows < T) & (i < N) & (j < N)
 
 
 @triton.jit
@@ -78,14 +86,21 @@ def _first_iteration_eps(logits, eps, N: tl.constexpr, P: tl.constexpr):
 
 
 @triton.jit
-def forward(logits, ITERATIONS: tl.constexpr, EPS: tl.constexpr, N: tl.constexpr, P: tl.constexpr):
-    """H_res ``[BS, P, P]`` from logits (anything finite beyond N). EPS > 0: profile deepseek-v4."""
+def _start(logits, EPS: tl.constexpr, N: tl.constexpr, P: tl.constexpr):
+    """The logits, with what lies beyond N out of the way, and the matrix after the first iteration."""
     if N < P:
         logits = tl.where(_exists(N, P), logits, -1e30)
     if EPS > 0:
         m = _first_iteration_eps(logits, EPS, N, P)
     else:
         m = _first_iteration(logits, N, P)
+    return logits, m
+
+
+@triton.jit
+def forward(logits, ITERATIONS: tl.constexpr, EPS: tl.constexpr, N: tl.constexpr, P: tl.constexpr):
+    """H_res ``[BS, P, P]`` from logits (anything finite beyond N). EPS > 0: profile deepseek-v4."""
+    logits, m = _start(logits, EPS, N, P)
     for _ in tl.range(1, ITERATIONS):
         m = m * (1.0 / _sums(m, 1, EPS, N, P))[:, None, :]
         m = m * (1.0 / _sums(m, 2, EPS, N, P))[:, :, None]
@@ -95,12 +110,7 @@ def forward(logits, ITERATIONS: tl.constexpr, EPS: tl.constexpr, N: tl.constexpr
 @triton.jit
 def backward(logits, dm, ITERATIONS: tl.constexpr, EPS: tl.constexpr, N: tl.constexpr, P: tl.constexpr):
     """The gradient with respect to the logits, given that of the result (both 0 beyond N)."""
-    if N < P:
-        logits = tl.where(_exists(N, P), logits, -1e30)
-    if EPS > 0:
-        m = _first_iteration_eps(logits, EPS, N, P)
-    else:
-        m = _first_iteration(logits, N, P)
+    logits, m = _start(logits, EPS, N, P)
     columns = ()
     rows = ()
     for _ in tl.static_range(1, ITERATIONS):

@@ -1,0 +1,36 @@
+"""Every kernel on small, ragged shapes, for the sanitizer.
+
+compute-sanitizer --tool memcheck python kernels/benchmarks/small_chain.py      (or racecheck)
+"""
+
+import torch
+
+from mhc_kernels import aggregate, boundary, connect, mappings, mix, sinkhorn
+
+TOKENS, WIDTH = 70, 48
+
+
+def main() -> None:
+    for n in (4, 3):
+        rows = n * n + 2 * n
+        x, y = (
+            torch.randn(TOKENS, *shape, device="cuda").bfloat16().requires_grad_() for shape in ((n, WIDTH), (WIDTH,))
+        )
+        own = [torch.randn(*s, device="cuda").mul(0.1).requires_grad_() for s in ((rows, n * WIDTH), (3,), (rows,))]
+        streams, u, post, res = connect(x, *own, backend="triton")
+        streams, u, post, res = boundary(streams, res, post, u, None, *own, backend="triton")
+        bias = y[0].detach()
+        streams, u, post, res = boundary(streams, res, post, y, bias, *own, dropout_p=0.1, backend="triton")
+        out = mix(streams, res, post, u, backend="triton")
+        pre, post, res = mappings(out, *own, backend="triton")
+        logits = torch.randn(TOKENS, n, n, device="cuda").requires_grad_()
+        matrices = sinkhorn(logits, backend="triton")
+        total = aggregate(out, pre, backend="triton").float().sum() + post.sum() + (res * matrices).sum()
+        total.backward()
+        torch.cuda.synchronize()
+        assert x.grad.isfinite().all()
+    print("ran")
+
+
+if __name__ == "__main__":
+    main()

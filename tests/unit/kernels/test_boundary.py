@@ -1,0 +1,208 @@
+"""The fused boundary, its halves and its parts against the reference in float64: values and all gradients."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from mhc_kernels import aggregate, boundary, connect, mappings, mix, reference, sinkhorn
+from tests.unit.kernels.cases import DEVICE, F64, ON_GPU, PARAMETERS, Case, error
+
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
+# Of streams; of phi; of alpha and bias: relative, in the norm. The interpreter
+# truncates float32 to bf16 where a GPU rounds: twice the error.
+BOUNDS = {
+    torch.float32: (1e-5, 1e-5, 1e-5),
+    torch.float16: (3e-3, 2e-3, 1e-3),
+    torch.bfloat16: (3e-3, 2e-3, 1e-3) if ON_GPU else (6e-3, 4e-3, 2e-3),
+}
+
+
+def check_boundary(case: Case, profile: str = "paper", mode: str = "mhc") -> None:
+    dtype = case.arguments["x"].dtype
+    settings = {"profile": profile, "mode": mode}
+    ours = case.leaves()
+    results = boundary(**ours, **settings, backend="triton")
+    torch.autograd.backward(results, case.gradients)
+    exact = case.leaves(F64)
+    streams = reference.mix(*(exact[k] for k in ("x", "res", "post", "y", "bias")))
+    # What follows reads the streams as they are stored; the rounding itself has no gradient.
+    stored = streams + (results[0].detach().to(F64) - streams.detach())
+    pre, post, res = reference.mappings(stored, *(exact[k] for k in PARAMETERS), **settings)
+    expected = (stored, reference.aggregate(stored, pre), post, res)
+    torch.autograd.backward(expected, [g.to(F64) for g in case.gradients])
+
+    of_streams, of_phi, of_gates = BOUNDS[dtype]
+    assert error(results[0], streams) <= of_streams
+    assert error(results[1], expected[1]) <= of_streams
+    assert error(results[2], post) <= of_gates
+    assert error(results[3], res) <= of_gates
+    assert all(r.dtype == torch.float32 for r in results[2:])
+    for name, leaf in ours.items():
+        bound = {"next_phi": of_phi, "next_alpha": of_gates, "next_bias": of_gates}.get(name, of_streams)
+        assert leaf.grad.dtype == leaf.dtype
+        # That of y's bias is the sum of dy as it is stored: terms that cancel leave the rounding of each.
+        expected_grad = ours["y"].grad.to(F64).sum(0) if name == "bias" else exact[name].grad
+        assert error(leaf.grad, expected_grad) <= bound, name
+
+
+@pytest.mark.parametrize("n", range(1, 9))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_boundary(n: int, dtype: torch.dtype) -> None:
+    check_boundary(Case(70, n, 48, dtype))
+
+
+@pytest.mark.parametrize(("t", "c"), [(1, 16), (33, 80), (64, 272), (129, 64)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_boundary_shapes(t: int, c: int, dtype: torch.dtype) -> None:
+    """Ragged in tokens and channels: no block divides them."""
+    check_boundary(Case(t, 4, c, dtype))
+
+
+@pytest.mark.parametrize("n", [1, 3, 4])
+@pytest.mark.parametrize(("profile", "mode"), [("deepseek-v4", "mhc"), ("paper", "hc")])
+def test_boundary_numerics(n: int, profile: str, mode: str) -> None:
+    check_boundary(Case(37, n, 32), profile, mode)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("t", "c"), [(1024, 2560), (500, 7168), (2048, 1280)])
+@pytest.mark.parametrize("n", [2, 4, 8])
+def test_boundary_at_size(t: int, c: int, n: int) -> None:
+    check_boundary(Case(t, n, c, torch.bfloat16))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_connect_equals_boundary(dtype: torch.dtype) -> None:
+    """The second half alone: from the streams that a boundary wrote, what the boundary computed, and its gradients."""
+    case = Case(70, 4, 48, dtype)
+    leaves = case.leaves()
+    whole = boundary(**leaves, backend="triton")
+    x = whole[0].detach().requires_grad_()
+    parameters = [leaves[k].detach().clone().requires_grad_() for k in PARAMETERS]
+    half = connect(x, *parameters, backend="triton")
+    for a, b in zip(whole, half, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+    torch.autograd.backward(whole, case.gradients)
+    torch.autograd.backward(half, case.gradients)
+    for name, parameter in zip(PARAMETERS, parameters, strict=True):
+        torch.testing.assert_close(leaves[name].grad, parameter.grad, rtol=0, atol=0)
+    # dx of the boundary is H_res^T of what the half gives.
+    through = torch.einsum("tij,tic->tjc", case.arguments["res"].to(F64), x.grad.to(F64))
+    assert error(leaves["x"].grad, through) <= BOUNDS[dtype][0]
+
+
+@pytest.mark.parametrize("n", [1, 3, 4, 8])
+def test_separate_operations(n: int) -> None:
+    """mappings, aggregate and mix one by one, each with its own backward."""
+    case = Case(45, n, 32)
+    ours, exact = case.leaves(), case.leaves(F64)
+    for leaves, backend in ((ours, "triton"), (exact, "reference")):
+        pre, post, res = mappings(leaves["x"], *(leaves[k] for k in PARAMETERS), backend=backend)
+        u = aggregate(leaves["x"], pre, backend=backend)
+        out = mix(leaves["x"], res, post, leaves["y"], leaves["bias"], backend=backend)
+        g = case.gradients
+        # Gradients into the mappings from outside as well.
+        torch.autograd.backward((out, u, pre), (g[0].to(out.dtype), g[1].to(out.dtype), g[2].to(pre.dtype)))
+        leaves["results"] = torch.cat([t.flatten() for t in (pre, post, res, u, out)])
+    assert error(ours.pop("results"), exact.pop("results")) <= 1e-5
+    for name in ("x", "y", "bias", *PARAMETERS):
+        assert error(ours[name].grad, exact[name].grad) <= 1e-5, name
+
+
+def test_expanded_gradients() -> None:
+    """``sum().backward()`` hands the kernels gradients that are not contiguous."""
+    case = Case(20, 4, 32)
+    ours, exact = case.leaves(), case.leaves(F64)
+    sum(r.sum() for r in boundary(**ours, backend="triton")).backward()
+    sum(r.sum() for r in boundary(**exact, backend="reference")).backward()
+    for name in ours:
+        if name not in PARAMETERS:  # those of phi, alpha and bias cancel here to nothing
+            assert error(ours[name].grad, exact[name].grad) <= 1e-5, name
+
+
+@pytest.mark.parametrize("used", [(0,), (1,), (2,), (3,), (1, 2)])
+def test_unused_results(used: tuple[int, ...]) -> None:
+    """A chain may be cut anywhere: gradients of results that nobody used are zero."""
+    case = Case(40, 4, 32)
+    ours, exact = case.leaves(), case.leaves(F64)
+    for leaves, backend in ((ours, "triton"), (exact, "reference")):
+        results = boundary(**leaves, backend=backend)
+        torch.autograd.backward([results[k] for k in used], [case.gradients[k].to(results[k].dtype) for k in used])
+    for name in ours:
+        expected = exact[name].grad
+        assert error(ours[name].grad, torch.zeros_like(exact[name]) if expected is None else expected) <= 1e-5, name
+
+
+@pytest.mark.parametrize("scale", [0.0, 1e-20, 1e18])
+def test_streams_of_any_scale(scale: float) -> None:
+    """Tokens of zeros, and streams so small or large that their squares leave float32."""
+    case = Case(20, 4, 32)
+    case.arguments["x"][:5] *= scale
+    case.arguments["y"][:5] *= scale
+    case.arguments["bias"] = torch.zeros_like(case.arguments["bias"])
+    leaves = case.leaves()
+    results = boundary(**leaves, backend="triton")
+    exact = boundary(**case.leaves(F64), backend="reference")
+    for ours, expected in zip(results, exact, strict=True):
+        assert error(ours[:5], expected[:5]) <= 1e-5
+        assert error(ours[5:], expected[5:]) <= 1e-5
+
+
+def test_nan_stays_in_its_token() -> None:
+    case = Case(40, 4, 32)
+    case.arguments["x"][7, 2, 5] = math.nan
+    leaves = case.leaves()
+    results = boundary(**leaves, backend="triton")
+    torch.autograd.backward(results, case.gradients)
+    others = torch.arange(40, device=DEVICE) != 7
+    for tensor in (*results, leaves["x"].grad, leaves["y"].grad, leaves["res"].grad, leaves["post"].grad):
+        assert tensor[7].isnan().any()
+        assert not tensor[others].isnan().any()
+    assert leaves["next_phi"].grad.isnan().any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_same_bits_every_time(dtype: torch.dtype) -> None:
+    case = Case(1000, 4, 1280, dtype) if ON_GPU else Case(150, 4, 48, dtype)
+
+    def run() -> list[Tensor]:
+        leaves = case.leaves()
+        results = boundary(**leaves, backend="triton")
+        torch.autograd.backward(results, case.gradients)
+        return [*results, *(leaf.grad for leaf in leaves.values())]
+
+    first = run()
+    for _ in range(20 if ON_GPU else 2):
+        for a, b in zip(first, run(), strict=True):
+            assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("n", [1, 4])
+def test_no_tokens(n: int) -> None:
+    case = Case(0, n, 32)
+    leaves = case.leaves()
+    results = boundary(**leaves, backend="triton")
+    assert [tuple(r.shape) for r in results] == [(0, n, 32), (0, 32), (0, n), (0, n, n)]
+    torch.autograd.backward(results, case.gradients)
+    for name, leaf in leaves.items():
+        assert leaf.grad.shape == leaf.shape
+        assert not leaf.grad.any(), name
+    assert sinkhorn(torch.zeros(0, 4, 4, device=DEVICE), backend="triton").shape == (0, 4, 4)
+
+
+def test_leading_dimensions_and_flat_streams() -> None:
+    case = Case(24, 4, 32)
+    a = case.arguments
+    expected = boundary(**a, backend="triton")
+    shaped = {k: v.unflatten(0, (3, 2, 4)) if k in ("x", "res", "post", "y") else v for k, v in a.items()}
+    for ours, plain in zip(boundary(**shaped, backend="triton"), expected, strict=True):
+        assert torch.equal(ours.flatten(0, 2), plain)
+    flat = boundary(**{**shaped, "x": shaped["x"].flatten(-2)}, flat=True, backend="triton")
+    assert flat[0].shape == (3, 2, 4, 128)
+    assert flat[0]._base is None  # Megatron copies views between layers
+    assert torch.equal(flat[0].flatten(), expected[0].flatten())

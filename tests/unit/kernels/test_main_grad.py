@@ -1,0 +1,40 @@
+"""Gradients added to Megatron's ``main_grad`` in the kernel."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from mhc_kernels import boundary
+from tests.unit.kernels.cases import PARAMETERS, Case
+
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
+
+def test_main_grad_accumulates() -> None:
+    """As Megatron's fused gradient accumulation: added to main_grad, marked, and some gradient handed on for the hook."""
+    case = Case(70, 4, 48)
+    plain, fused = case.leaves(), case.leaves()
+    before = {k: torch.randn_like(fused[k]) for k in PARAMETERS}
+    for name in PARAMETERS:
+        fused[name].main_grad = before[name].clone()
+    for leaves, accumulate in ((plain, False), (fused, True)):
+        torch.autograd.backward(boundary(**leaves, accumulate=accumulate, backend="triton"), case.gradients)
+    for name in PARAMETERS:
+        assert fused[name].grad_added_to_main_grad
+        torch.testing.assert_close(fused[name].main_grad, before[name] + plain[name].grad, rtol=1e-6, atol=1e-6)
+        assert not hasattr(plain[name], "grad_added_to_main_grad")
+    for name in ("x", "res", "post", "y", "bias"):
+        assert torch.equal(plain[name].grad, fused[name].grad)
+
+
+def test_no_main_grad_of_another_dtype() -> None:
+    case = Case(20, 4, 32)
+    leaves = case.leaves()
+    for name in PARAMETERS:
+        leaves[name].main_grad = torch.zeros_like(leaves[name], dtype=torch.bfloat16)
+    torch.autograd.backward(boundary(**leaves, accumulate=True, backend="triton"), case.gradients)
+    for name in PARAMETERS:
+        assert not hasattr(leaves[name], "grad_added_to_main_grad")
+        assert leaves[name].main_grad.abs().max() == 0
+        assert leaves[name].grad.abs().max() > 0

@@ -1,0 +1,172 @@
+"""The kernels in PyTorch: arguments that are refused, torch.library, torch.compile, CUDA graphs, addresses, warm-up."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from mhc_kernels import aggregate, boundary, connect, mix
+from tests.unit.kernels.cases import DEVICE, ON_GPU, PARAMETERS, Case, error
+
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
+
+class TestErrors:
+    def test_strides(self) -> None:
+        case = Case(8, 4, 32)
+        strided = {
+            name: case.arguments[name].transpose(0, 1).contiguous().transpose(0, 1) for name in ("x", "res", "y")
+        }
+        strided |= {name: torch.ones(*case.arguments[name].shape, 2, device=DEVICE)[..., 0] for name in PARAMETERS}
+        for name, wrong in strided.items():
+            with pytest.raises(ValueError, match=rf"{name} must be contiguous .* call {name}.contiguous\(\)"):
+                boundary(**{**case.arguments, name: wrong}, backend="triton")
+
+    @pytest.mark.parametrize(
+        ("n", "c", "dtype", "message"),
+        [
+            (9, 16, torch.float32, "1 to 8 streams, not n = 9"),
+            (4, 24, torch.float32, "C to be a multiple of 16, not 24"),
+            (4, 16, torch.float64, "not torch.float64"),
+        ],
+    )
+    def test_what_the_kernels_do_not_take(self, n: int, c: int, dtype: torch.dtype, message: str) -> None:
+        x = torch.zeros(2, n, c, dtype=dtype, device=DEVICE)
+        with pytest.raises(ValueError, match=f"backend 'triton': .*{message}; use backend 'reference'"):
+            aggregate(x, torch.zeros(2, n, device=DEVICE), backend="triton")
+
+    def test_auto_says_why_it_takes_the_reference(self) -> None:
+        x, pre = torch.zeros(2, 4, 40, device=DEVICE), torch.zeros(2, 4, device=DEVICE)
+        if ON_GPU:
+            with pytest.warns(UserWarning, match="multiple of 16, not 40; the slow reference runs instead"):
+                aggregate(x, pre)
+        assert aggregate(x, pre).shape == (2, 40)
+
+    def test_shapes_are_checked_at_every_call(self) -> None:
+        """The checks of a call that passed before are skipped, those of any other are not."""
+        arguments = Case(8, 4, 32).arguments
+        boundary(**arguments, backend="triton")
+        with pytest.raises(ValueError, match=r"alpha must be \[3\]"):
+            boundary(**{**arguments, "next_alpha": arguments["next_alpha"][:1]}, backend="triton")
+        with pytest.raises(ValueError, match="post must be"):
+            boundary(**{**arguments, "post": arguments["post"][:4]}, backend="triton")
+
+    def test_second_derivatives(self) -> None:
+        leaves = Case(8, 4, 32).leaves()
+        out = boundary(**leaves, backend="triton")[0]
+        with pytest.raises(RuntimeError, match=r"no second derivatives .* use backend='reference'"):
+            torch.autograd.grad(out.sum(), leaves["x"], create_graph=True)
+
+    def test_dropout_probability(self) -> None:
+        a = Case(4, 4, 16).arguments
+        with pytest.raises(ValueError, match=r"dropout_p must be in \[0, 1\), got 1"):
+            mix(*(a[k] for k in ("x", "res", "post", "y")), dropout_p=1.0)
+
+
+def test_operators_pass_opcheck() -> None:
+    """Schemas (what is mutated, what is not) and fake tensors: what torch.compile relies on."""
+    import mhc_kernels.fused.functions  # noqa: F401  (registers them)
+
+    ops = torch.ops.mhc_kernels
+    case = Case(20, 4, 32)
+    a = case.arguments
+    x, g = a["x"].flatten(-2), case.gradients
+    tests = ("test_schema", "test_faketensor")
+    mixed = (x, a["res"], a["post"], a["y"], a["bias"], None, 0.0)
+    own = tuple(a[k] for k in PARAMETERS)
+    settings = (20, 1e-6, 0.0, False)
+    torch.library.opcheck(ops.mix.default, mixed, test_utils=tests)
+    torch.library.opcheck(ops.mix_backward.default, (g[0].flatten(-2), *mixed), test_utils=tests)
+    torch.library.opcheck(ops.aggregate.default, (x, a["post"]), test_utils=tests)
+    torch.library.opcheck(ops.aggregate_backward.default, (g[1], x, a["post"]), test_utils=tests)
+    torch.library.opcheck(ops.sinkhorn.default, (a["res"], 20, 0.0), test_utils=tests)
+    torch.library.opcheck(ops.sinkhorn_backward.default, (g[3], a["res"], 20, 0.0), test_utils=tests)
+    torch.library.opcheck(ops.boundary.default, (*mixed, *own, True, *settings), test_utils=tests)
+    alone = (x, None, None, None, None, None, 0.0)
+    torch.library.opcheck(ops.boundary.default, (*alone, *own, False, *settings), test_utils=tests)
+    out, _, pre, _, _, saved, w = ops.boundary.default(*mixed, *own, True, *settings)
+    upstream = (g[0].flatten(-2), g[1], None, g[2], g[3])
+    rest = (out, pre, saved, w, *own[1:])
+    for mains in ((None, None, None), tuple(torch.zeros_like(p) for p in own)):
+        arguments = (*upstream, *mixed, *rest, *mains, 20, 0.0, False)
+        torch.library.opcheck(ops.boundary_backward.default, arguments, test_utils=tests)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiles_without_graph_breaks(dynamic: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch._dynamo.config, "disable", False)
+    case = Case(200, 4, 256, torch.bfloat16)
+
+    def step(**leaves: Tensor) -> tuple[Tensor, ...]:
+        return boundary(**leaves, backend="triton")
+
+    eager, compiled = case.leaves(), case.leaves()
+    torch.autograd.backward(step(**eager), case.gradients)
+    torch.autograd.backward(torch.compile(step, fullgraph=True, dynamic=dynamic)(**compiled), case.gradients)
+    for name in eager:
+        assert torch.equal(eager[name].grad, compiled[name].grad), name
+
+
+@pytest.mark.gpu
+def test_misaligned_tensors() -> None:
+    """Contiguous, but at an address that Triton may not assume to be a multiple of 16."""
+    case = Case(40, 4, 64, torch.bfloat16)
+    expected = boundary(**case.arguments, backend="triton")
+    shifted = {}
+    for name, tensor in case.arguments.items():
+        room = torch.empty(tensor.numel() + 1, dtype=tensor.dtype, device=DEVICE)
+        shifted[name] = room[1:].view(tensor.shape).copy_(tensor)
+    for ours, plain in zip(boundary(**shifted, backend="triton"), expected, strict=True):
+        torch.testing.assert_close(ours, plain, rtol=1e-2, atol=1e-2)
+        assert error(ours, plain) < 1e-6
+
+
+@pytest.mark.gpu
+def test_captured_in_a_cuda_graph() -> None:
+    case = Case(300, 4, 256, torch.bfloat16)
+    leaves = case.leaves()
+    inputs = list(leaves.values())
+
+    def run() -> tuple[Tensor, ...]:
+        return torch.autograd.grad(boundary(**leaves, backend="triton"), inputs, case.gradients)
+
+    expected = run()
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        run()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run()
+    for tensor in captured:
+        tensor.zero_()
+    graph.replay()
+    for a, b in zip(captured, expected, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_warm_up_builds_all_that_a_chain_needs() -> None:
+    """After it, nothing is built at the first step; the random state is where it was."""
+    from mhc_kernels.fused.launch import CompileTimes
+    from mhc_kernels.fused.warm_up import warm_up
+
+    settings = {"output_bias": True, "dropout_p": 0.1, "device": DEVICE}
+    state = torch.get_rng_state(), torch.cuda.get_rng_state() if ON_GPU else torch.get_rng_state()
+    kernels, _ = warm_up(4, 32, torch.float32, **settings)
+    assert torch.equal(torch.get_rng_state(), state[0])
+    if ON_GPU:  # interpreted kernels are never built
+        assert torch.equal(torch.cuda.get_rng_state(), state[1])
+        built = CompileTimes.kernels
+        case = Case(40, 4, 32)
+        leaves = case.leaves()
+        x, u, post, res = connect(leaves["x"], *(leaves[k] for k in PARAMETERS))
+        results = boundary(**{**leaves, "x": x, "post": post, "res": res}, dropout_p=0.1)
+        out = mix(results[0], results[3], results[2], leaves["y"], leaves["bias"], dropout_p=0.1)
+        torch.autograd.backward((aggregate(out, results[2]), results[1], u), (case.gradients[1],) * 3)
+        assert CompileTimes.kernels == built
+        assert warm_up(4, 32, torch.float32, **settings) == (0, 0.0)
+    else:
+        assert kernels > 0
