@@ -41,7 +41,8 @@ def mapping_backward_kernel(
     ITERATIONS: tl.constexpr, HC: tl.constexpr, EPS: tl.constexpr, AGGREGATE: tl.constexpr, BF16: tl.constexpr,
     BS: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr, V: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of the projected values (da), and factor [2, T]: x's factor from the RMS (two terms, one a kind of program).
+    """Gradients of the projected values (da), and factor [T, 3, 4]: x's factor from the RMS, a term
+    each from H_res, H_post and H_pre at [:, :, 0].
 
     The first MAPS programs: BS tokens each, H_post and H_res from dpost [T, N] and dres [T, N*N]; H_pre from
     dpre [T, N] as well, unless AGGREGATE: then the programs after them take dH_pre of BM tokens each from du [T, C] and
@@ -103,59 +104,68 @@ def _maps_backward(
     N: tl.constexpr, P: tl.constexpr, C: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, RT: tl.constexpr,
     ITERATIONS: tl.constexpr, HC: tl.constexpr, EPS: tl.constexpr, AGGREGATE: tl.constexpr, BF16: tl.constexpr, BS: tl.constexpr,
 ):  # fmt: skip
-    rows = program * BS + tl.arange(0, BS)
+    # Sums are stored from the whole tile, by one of the elements that hold them: a tensor of the sums alone would change
+    # layout through shared memory, several threads writing the same value to one place (a race, if a harmless one).
+    totals = totals_ptr + program * RT
+    rows = program * BS + tl.arange(0, BS)[:, None]
     exists = rows < T
     at = tl.minimum(rows, T - 1).to(tl.int64)
-    totals = totals_ptr + program * RT
     r = tl.load(saved_ptr + at * RP + R)
-
     k = tl.arange(0, P)[None, :]
-    inside = exists[:, None] & (k < N)
-    column = tl.arange(0, P)
+    inside = exists & (k < N)
+    first = tl.arange(0, BS)[:, None] == 0
     if AGGREGATE:  # the other programs' part
-        dr = tl.zeros((BS,), tl.float32)
-        tl.store(totals + column, tl.zeros((P,), tl.float32), mask=column < N)
+        tl.store(totals + k + 0 * rows, tl.zeros((BS, P), tl.float32), mask=first & (k < N))
         tl.store(totals + R, 0.0)
     else:
-        dh = tl.load(dpre_ptr + at[:, None] * N + k, mask=inside, other=0.0)
-        a = tl.load(saved_ptr + at[:, None] * RP + k)
+        dh = tl.load(dpre_ptr + at * N + k, mask=inside, other=0.0)
+        a = tl.load(saved_ptr + at * RP + k)
         b = tl.load(bias_ptr + k, mask=k < N, other=0.0)
-        da, dr_k, dalpha, dbias = gate_backward(dh, a, tl.load(alpha_ptr), b, r[:, None], 1.0, HC)
-        dr = tl.sum(dr_k, 1)
-        _store_da(da_ptr, at[:, None], k, da, inside, RP, BF16)
-        tl.store(totals + column, tl.sum(dbias, 0), mask=column < N)
+        da, dr, dalpha, dbias = gate_backward(dh, a, tl.load(alpha_ptr), b, r, 1.0, HC)
+        _store_da(da_ptr, at, k, da, inside, RP, BF16)
+        tl.store(totals + k + 0 * rows, tl.sum(dbias, 0, keep_dims=True), mask=first & (k < N))
         tl.store(totals + R, tl.sum(tl.sum(dalpha, 1), 0))
-        tl.store(factor_ptr + T + at, tl.zeros((BS,), tl.float32), mask=exists)
+        tl.store(factor_ptr + at * 12 + 8 + k, _rms_backward(tl.sum(dr, 1, keep_dims=True), r, N, C), mask=exists & (k == 0))
 
-    dh = tl.load(dpost_ptr + at[:, None] * N + k, mask=inside, other=0.0)
-    a = tl.load(saved_ptr + at[:, None] * RP + N + k)
+    dh = tl.load(dpost_ptr + at * N + k, mask=inside, other=0.0)
+    a = tl.load(saved_ptr + at * RP + N + k)
     b = tl.load(bias_ptr + N + k, mask=k < N, other=0.0)
-    da, dr_k, dalpha, dbias = gate_backward(dh, a, tl.load(alpha_ptr + 1), b, r[:, None], 2.0, HC)
-    dr += tl.sum(dr_k, 1)
-    _store_da(da_ptr, at[:, None], N + k, da, inside, RP, BF16)
-    tl.store(totals + N + column, tl.sum(dbias, 0), mask=column < N)
+    da, dr, dalpha, dbias = gate_backward(dh, a, tl.load(alpha_ptr + 1), b, r, 2.0, HC)
+    _store_da(da_ptr, at, N + k, da, inside, RP, BF16)
+    tl.store(totals + N + k + 0 * rows, tl.sum(dbias, 0, keep_dims=True), mask=first & (k < N))
     tl.store(totals + R + 1, tl.sum(tl.sum(dalpha, 1), 0))
+    tl.store(factor_ptr + at * 12 + 4 + k, _rms_backward(tl.sum(dr, 1, keep_dims=True), r, N, C), mask=exists & (k == 0))
 
+    rows = program * BS + tl.arange(0, BS)[:, None, None]
+    exists = rows < T
+    at = tl.minimum(rows, T - 1).to(tl.int64)
+    r = tl.load(saved_ptr + at * RP + R)
     i = sinkhorn.row_index(P)
     j = sinkhorn.column_index(P)
     known = (i < N) & (j < N)
     k = i * N + j
-    inside = exists[:, None, None] & known
-    dm = tl.load(dres_ptr + at[:, None, None] * (N * N) + k, mask=inside, other=0.0)
-    a = tl.load(saved_ptr + at[:, None, None] * RP + 2 * N + k, mask=known, other=0.0)
+    inside = exists & known
+    dm = tl.load(dres_ptr + at * (N * N) + k, mask=inside, other=0.0)
+    a = tl.load(saved_ptr + at * RP + 2 * N + k, mask=known, other=0.0)
     b = tl.load(bias_ptr + 2 * N + k, mask=known, other=0.0)
     alpha = tl.load(alpha_ptr + 2)
     if HC:
-        da, dr_k, dalpha, dbias = gate_backward(dm, a, alpha, b, r[:, None, None], 1.0, HC)
+        da, dr, dalpha, dbias = gate_backward(dm, a, alpha, b, r, 1.0, HC)
     else:
-        dl = sinkhorn.backward(alpha * (r[:, None, None] * a) + b, dm, ITERATIONS, EPS, N, P)
-        da, dr_k, dalpha, dbias = logit_backward(dl, a, alpha, r[:, None, None])
-    dr += tl.sum(tl.sum(dr_k, 2), 1)
-    _store_da(da_ptr, at[:, None, None], 2 * N + k, da, inside, RP, BF16)
-    known = (tl.arange(0, P)[:, None] < N) & (tl.arange(0, P)[None, :] < N)
-    tl.store(totals + 2 * N + tl.arange(0, P)[:, None] * N + tl.arange(0, P)[None, :], tl.sum(dbias, 0), mask=known)
+        dl = sinkhorn.backward(alpha * (r * a) + b, dm, ITERATIONS, EPS, N, P)
+        da, dr, dalpha, dbias = logit_backward(dl, a, alpha, r)
+    _store_da(da_ptr, at, 2 * N + k, da, inside, RP, BF16)
+    first = tl.arange(0, BS)[:, None, None] == 0
+    tl.store(totals + 2 * N + k + 0 * rows, tl.sum(dbias, 0, keep_dims=True), mask=first & known)
     tl.store(totals + R + 2, tl.sum(tl.sum(tl.sum(dalpha, 2), 1), 0))
-    tl.store(factor_ptr + at, -dr * r * r * r / (N * C), mask=exists)
+    dr = tl.sum(tl.sum(dr, 2, keep_dims=True), 1, keep_dims=True)
+    tl.store(factor_ptr + at * 12 + k, _rms_backward(dr, r, N, C), mask=exists & (k == 0))
+
+
+@triton.jit
+def _rms_backward(dr, r, N: tl.constexpr, C: tl.constexpr):
+    """The factor of x in its gradient, given that of ``r = 1 / rms(x)``."""
+    return -dr * r * r * r / (N * C)
 
 
 @triton.jit
@@ -192,7 +202,7 @@ def _aggregate_backward(
         tl.store(totals + k, _total(dbias, exists))
         dalpha_sum += _total(dalpha, exists)
     tl.store(totals + N, dalpha_sum)
-    tl.store(factor_ptr + T + at, -dr * r * r * r / (N * C), mask=exists)
+    tl.store(factor_ptr + at * 12 + 8, _rms_backward(dr, r, N, C), mask=exists)
 
 
 @triton.jit(
@@ -210,7 +220,7 @@ def stream_backward_kernel(
 ):  # fmt: skip
     """Gradients of the streams and of the sublayer's output, BM tokens a program.
 
-    g [T, N, C] from downstream (0 unless G); du [T, C] and pre [T, N] if AGGREGATE; da, factor [2, T] and w
+    g [T, N, C] from downstream (0 unless G); du [T, C] and pre [T, N] if AGGREGATE; da, factor [T, 3, 4] and w
     (`pack_kernel`'s backward array) if PROJECT. With MIX: dx [T, N, C], dy [T, C], dres [T, N*N], dpost [T, N];
     without: dx alone (x is x').
 
@@ -237,6 +247,11 @@ def stream_backward_kernel(
             dx_ptr, dy_ptr, dres_ptr, dpost_ptr, T, p_drop, tl.program_id(0),
             N, P, C, R, RP, MIX, AGGREGATE, PROJECT, G, BIAS, DROPOUT, BF16, DOT32, BM, BC, V, STAGES,
         )  # fmt: skip
+
+
+@triton.jit
+def _factor(pointers):
+    return tl.load(pointers) + tl.load(pointers + 4) + tl.load(pointers + 8)
 
 
 @triton.jit
@@ -269,10 +284,11 @@ def _stream_backward(
         pre = tiles.load_columns(pre_ptr + at * N, N)
     if PROJECT:
         rn = tl.arange(0, RP)
-        factor = (tl.load(factor_ptr + at) + tl.load(factor_ptr + T + at))[:, None]
+        factor = _factor(factor_ptr + at * 12)[:, None]
         da_step: tl.constexpr = 2 * RP if BF16 else RP
         da = tl.load(da_ptr + at[:, None] * da_step + rn[None, :], mask=rn[None, :] < R, other=0.0)
     rk = tl.arange(0, P * BC)
+    PADDED: tl.constexpr = tiles.mostly_padded(R, RP)
     for c in tl.range(0, C, BC, num_stages=STAGES):
         columns = c + tl.arange(0, BC)
         mask = (columns < C)[None, :]
@@ -306,7 +322,10 @@ def _stream_backward(
                     w = tiles.load_rows(w_ptr + i * C, rn, C * P, columns, mask, EVEN)
                     back = back + (_times_phi(da, w, DOT32),)
             else:
-                w = tiles.load_rows(w_ptr, rn, C * P, c * P + rk, (c * P + rk < C * P)[None, :], EVEN)
+                w_mask = (c * P + rk < C * P)[None, :]
+                if PADDED:
+                    w_mask &= (rn < R)[:, None]
+                w = tiles.load_rows(w_ptr, rn, C * P, c * P + rk, w_mask, EVEN and not PADDED)
                 back = tiles.separate(_times_phi(da, w, DOT32), N, BM, BC)
             new = ()
             for i in tl.static_range(N):

@@ -175,7 +175,7 @@ def boundary_backward(
     c = configs.mapping_backward(s.n, s.c, s.bf16)
     maps, rows = cdiv(s.t, configs.token_block(s.n)), 0 if du is None else cdiv(s.t, c.BM)
     da = torch.empty((s.t, s.width), dtype=s.product_dtype, device=device)
-    factor = torch.empty((2, s.t), dtype=torch.float32, device=device)
+    factor = torch.empty((s.t, 3, 4), dtype=torch.float32, device=device)
     totals = torch.empty((maps, s.padded_totals), dtype=torch.float32, device=device)
     pre_totals = torch.empty((rows, s.padded_pre), dtype=torch.float32, device=device)
     meta = (

@@ -40,6 +40,8 @@ def mix_project_kernel(
     squares = tl.zeros((BM, BC // V), tl.float32)
     rk = tl.arange(0, P * BC)
     rw = tl.arange(0, NW)
+    PADDED: tl.constexpr = tiles.mostly_padded(R, RP)
+    used = rw % RP < R
     for c0 in tl.range(0, C, BC * SPLIT, num_stages=STAGES):
         c = c0 + part * BC
         columns = c + tl.arange(0, BC)
@@ -59,12 +61,10 @@ def mix_project_kernel(
                 x = x + (o.to(tl.float32),)
         if PROJECT:
             squares += tiles.partial(_sum_of_squares(x, N), BM, BC, V)
-            if EVEN:
-                w = tl.load(w_ptr + (c * P + rk)[:, None] * NW + rw[None, :])
-            else:
-                w = tl.load(
-                    w_ptr + (c * P + rk)[:, None] * NW + rw[None, :], mask=(c * P + rk < C * P)[:, None], other=0.0
-                )
+            w_mask = (c * P + rk < C * P)[:, None]
+            if PADDED:
+                w_mask &= used[None, :]
+            w = tiles.load_rows(w_ptr, c * P + rk, NW, rw, w_mask, EVEN and not PADDED)
             a = tiles.interleave(x, N, BM, BC)
             if DOT32:
                 acc = tl.dot(a, w.to(tl.float32), acc, input_precision="tf32x3")

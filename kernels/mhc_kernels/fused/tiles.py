@@ -50,6 +50,12 @@ def load_rows(pointer, rows, step, columns, mask, EVEN: tl.constexpr):
     return tile
 
 
+@triton.constexpr_function
+def mostly_padded(R, RP):
+    """Whether it pays to mask the rows that pad R to RP: masked-off rows of phi are not read from the cache."""
+    return 4 * R < 3 * RP
+
+
 @triton.jit
 def load_columns(pointers, COUNT: tl.constexpr):
     """COUNT neighbouring float32 values of each token, as ``[BM, 1]`` each."""
