@@ -128,16 +128,17 @@ def host_time(t: int = 64, c: int = 1280) -> dict[str, float]:
     """
     long, short = 24, 4
     inputs = cases.make_inputs(t, c)
-    x, y = inputs.x.requires_grad_(), inputs.y.requires_grad_()
+    x, y = inputs.x.flatten(-2).requires_grad_(), inputs.y.requires_grad_()  # flat, as the modules call it
     own = [tuple(p.clone().requires_grad_() for p in (inputs.phi, inputs.alpha, inputs.bias)) for _ in range(long + 1)]
 
     def chain(length: int, backward: bool) -> None:
-        streams, u, post, res = connect(x, *own[-1], backend="triton")
+        streams, u, post, res = connect(x, *own[-1], flat=True, backend="triton")
         for k in range(length):
-            streams, u, post, res = boundary(streams, res, post, u, None, *own[k], backend="triton")
+            streams, u, post, res = boundary(streams, res, post, u, None, *own[k], flat=True, backend="triton")
         if backward:
             leaves = [x, y, *own[-1], *(p for parameters in own[:length] for p in parameters)]
-            torch.autograd.grad(mix(streams, res, post, y, backend="triton"), leaves, inputs.gradients[0])
+            out = mix(streams, res, post, y, flat=True, backend="triton")
+            torch.autograd.grad(out, leaves, inputs.gradients[0].flatten(-2))
 
     times = {}
     for name, backward in (("host_forward_us", False), ("host_both_us", True)):

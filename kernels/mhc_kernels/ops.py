@@ -89,15 +89,16 @@ def _float32(tensor: Tensor) -> Tensor:
     return tensor if tensor.dtype == torch.float32 else tensor.float()
 
 
-_TRITON_CALLS: set[tuple] = set()
-"""Calls of `boundary` and `connect` that passed all checks and go to Triton, by what was checked: they are in every layer."""
+_TRITON_CALLS: dict[tuple, Any] = {}
+"""Settings of the calls of `boundary` and `connect` that passed all checks and go to Triton, by what was checked: they are
+in every layer."""
 
 
-def _remember(key: tuple) -> None:
+def _remember(key: tuple, settings: Any) -> None:
     if not torch.compiler.is_compiling():
         if len(_TRITON_CALLS) >= 4096:  # sequences of many lengths
             _TRITON_CALLS.clear()
-        _TRITON_CALLS.add(key)
+        _TRITON_CALLS[key] = settings
 
 
 def mix(
@@ -165,6 +166,7 @@ def connect(
         backend,
         flat,
         iterations,
+        eps,
         profile,
         mode,
         x.dtype,
@@ -175,7 +177,8 @@ def connect(
         alpha.shape,
         bias.shape,
     )
-    if torch.compiler.is_compiling() or key not in _TRITON_CALLS:
+    settings = None if torch.compiler.is_compiling() else _TRITON_CALLS.get(key)
+    if settings is None:
         streams = _unflatten(x, reference.streams_of(bias), flat)
         reference.check_mappings(streams, phi, alpha, bias, iterations, profile, mode)
         check_same_device(x=x, phi=phi, alpha=alpha, bias=bias)
@@ -184,9 +187,9 @@ def connect(
                 streams, phi, alpha, bias, iterations=iterations, eps=eps, profile=profile, mode=mode
             )
             return x, reference.aggregate(streams, pre), post, res
-        _remember(key)
+        settings = _settings(iterations, eps, profile, mode)
+        _remember(key, settings)
     check_contiguous(x=x, phi=phi, alpha=alpha, bias=bias)
-    settings = _settings(iterations, eps, profile, mode)
     own = (_float32(phi), _float32(alpha), _float32(bias))
     out, u, post, res = _functions().Connect.apply(x if flat else x.flatten(-2), *own, settings, accumulate)
     return _same_form(out, x), u, post, res
@@ -222,11 +225,12 @@ def boundary(
         ``(x' [..., n, C], u [..., C], post [..., n], res [..., n, n])``: u is what the second sublayer reads, from x'.
     """
     key = (
-        "boundary", backend, flat, iterations, profile, mode, dropout_p,
+        "boundary", backend, flat, iterations, eps, profile, mode, dropout_p,
         x.dtype, y.dtype, x.device, y.device, next_phi.device, x.shape, res.shape, post.shape, y.shape,
         None if bias is None else bias.shape, next_phi.shape, next_alpha.shape, next_bias.shape,
     )  # fmt: skip
-    if torch.compiler.is_compiling() or key not in _TRITON_CALLS:
+    settings = None if torch.compiler.is_compiling() else _TRITON_CALLS.get(key)
+    if settings is None:
         streams = _unflatten(x, post.shape[-1], flat)
         reference.check_mix(streams, res, post, y, bias, dropout_p)
         reference.check_mappings(streams, next_phi, next_alpha, next_bias, iterations, profile, mode)
@@ -235,14 +239,16 @@ def boundary(
             out = _same_form(reference.mix(streams, res, post, y, bias, dropout_p=dropout_p), x)
             kwargs: dict[str, Any] = {"iterations": iterations, "eps": eps, "profile": profile, "mode": mode}
             return connect(out, next_phi, next_alpha, next_bias, **kwargs, flat=flat, backend="reference")
-        _remember(key)
-    check_contiguous(x=x, res=res, post=post, y=y, bias=bias)
-    check_contiguous(next_phi=next_phi, next_alpha=next_alpha, next_bias=next_bias)
+        settings = _settings(iterations, eps, profile, mode)
+        _remember(key, settings)
+    check_contiguous(
+        x=x, res=res, post=post, y=y, bias=bias, next_phi=next_phi, next_alpha=next_alpha, next_bias=next_bias
+    )
     seed = _functions().new_seed(x.device) if dropout_p > 0 else None
     own = (_float32(next_phi), _float32(next_alpha), _float32(next_bias))
     out, u, post, res = _functions().Boundary.apply(
         x if flat else x.flatten(-2), _float32(res), _float32(post), _cast(y, x), _cast(bias, x), seed, float(dropout_p),
-        *own, _settings(iterations, eps, profile, mode), accumulate,
+        *own, settings, accumulate,
     )  # fmt: skip
     return _same_form(out, x), u, post, res
 

@@ -18,14 +18,12 @@ from mhc_kernels.fused.gates import gate_backward, logit_backward
 
 
 @triton.jit
-def _store_da(da_ptr, at, k, value, exists, RP: tl.constexpr, BF16: tl.constexpr):
-    """da [T, 2*RP] as bf16 hi | lo, or [T, RP] float32."""
-    if BF16:
-        hi = value.to(tl.bfloat16)
-        tl.store(da_ptr + at * (2 * RP) + k, hi, mask=exists)
-        tl.store(da_ptr + at * (2 * RP) + RP + k, (value - hi.to(tl.float32)).to(tl.bfloat16), mask=exists)
-    else:
-        tl.store(da_ptr + at * RP + k, value, mask=exists)
+def _store_da(da_ptr, at, k, value, exists, RP: tl.constexpr, NW: tl.constexpr):
+    """da [T, NW]: bf16 hi | lo if NW = 2 * RP, else one term in the array's dtype."""
+    hi = value.to(da_ptr.dtype.element_ty)
+    tl.store(da_ptr + at * NW + k, hi, mask=exists)
+    if NW > RP:
+        tl.store(da_ptr + at * NW + RP + k, (value - hi.to(tl.float32)).to(tl.bfloat16), mask=exists)
 
 
 @triton.jit
@@ -38,7 +36,7 @@ def mapping_backward_kernel(
     du_ptr, x_ptr, dpre_ptr, dpost_ptr, dres_ptr, saved_ptr, alpha_ptr, bias_ptr,
     da_ptr, factor_ptr, totals_ptr, pre_totals_ptr, T, MAPS,
     N: tl.constexpr, P: tl.constexpr, C: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, RT: tl.constexpr, NT: tl.constexpr,
-    ITERATIONS: tl.constexpr, HC: tl.constexpr, EPS: tl.constexpr, AGGREGATE: tl.constexpr, BF16: tl.constexpr,
+    ITERATIONS: tl.constexpr, HC: tl.constexpr, EPS: tl.constexpr, AGGREGATE: tl.constexpr, NW: tl.constexpr,
     BS: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr, V: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Gradients of the projected values (da), and factor [T, 3, 4]: x's factor from the RMS, a term
@@ -55,27 +53,33 @@ def mapping_backward_kernel(
         _maps_backward(
             dpre_ptr, dpost_ptr, dres_ptr, saved_ptr, alpha_ptr, bias_ptr, da_ptr, factor_ptr, totals_ptr, T,
             tl.program_id(0),
-            N, P, C, R, RP, RT, ITERATIONS, HC, EPS, AGGREGATE, BF16, BS,
+            N, P, C, R, RP, RT, ITERATIONS, HC, EPS, AGGREGATE, NW, BS,
         )  # fmt: skip
     else:
         _aggregate_backward(
             du_ptr, x_ptr, saved_ptr, alpha_ptr, bias_ptr, da_ptr, factor_ptr, pre_totals_ptr, T,
             tl.program_id(0) - MAPS,
-            N, C, R, RP, NT, HC, BF16, BM, BC, V, STAGES,
+            N, C, R, RP, NT, HC, NW, BM, BC, V, STAGES,
         )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["T", "RANGE"])
 def phi_backward_kernel(
-    da_ptr, x_ptr, partials_ptr, T, RANGE,
-    K: tl.constexpr, RP: tl.constexpr, BF16: tl.constexpr, DOT32: tl.constexpr,
+    da_ptr, x_ptr, partials_ptr, factor_ptr, w_ptr, g_ptr, back_ptr, T, RANGE,
+    K: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, NW: tl.constexpr, DOT32: tl.constexpr, BACK: tl.constexpr, G: tl.constexpr,
     BM: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """partials [parts, RP, K]: ``da^T x`` over RANGE tokens (a multiple of BM) each; x [T, K]."""
+    """partials [parts, RP, K]: ``da^T x`` over RANGE tokens (a multiple of BM) each; x [T, K], da [T, NW].
+
+    With BACK also back [T, K]: ``g + da phi + factor x``, for many streams; g [T, K] (0 unless G), factor [T, 3, 4] and w [RP, K] as in
+    `stream_backward_kernel`, NW = RP.
+    """
     columns = tl.program_id(0) * BK + tl.arange(0, BK)
     inside = (columns < K)[None, :]
-    NW: tl.constexpr = 2 * RP if BF16 else RP
     rn = tl.arange(0, NW)
+    if BACK:
+        used = (rn < R)[None, :]
+        w = tiles.load_rows(w_ptr, rn, K, columns, inside, K % BK == 0)
     acc = tl.zeros((NW, BK), tl.float32)
     first = tl.program_id(1) * RANGE
     for t in tl.range(first, tl.minimum(first + RANGE, T), BM, num_stages=STAGES):
@@ -86,12 +90,22 @@ def phi_backward_kernel(
             x = tl.load(x_ptr + at * K + columns[None, :], mask=exists, other=0.0)
         else:
             x = tl.load(x_ptr + at * K + columns[None, :], mask=exists & inside, other=0.0)
-        da = tl.load(da_ptr + at * NW + rn[None, :], mask=exists, other=0.0)
+        if BACK:
+            da = tl.load(da_ptr + at * NW + rn[None, :], mask=exists & used, other=0.0)
+        else:
+            da = tl.load(da_ptr + at * NW + rn[None, :], mask=exists, other=0.0)
         if DOT32:
             acc = tl.dot(tl.trans(da.to(tl.float32)), x.to(tl.float32), acc, input_precision="tf32x3")
         else:
             acc = tl.dot(tl.trans(da), x, acc)
-    if BF16:
+        if BACK:
+            factor = _factor(factor_ptr + tl.minimum(at, T - 1) * 12)
+            back = _times_phi(da, w, DOT32) + factor * x.to(tl.float32)
+            if G:
+                g = tl.load(g_ptr + at * K + columns[None, :], mask=exists & inside, other=0.0)
+                back += g.to(tl.float32)
+            tiles.store(back_ptr + at * K + columns[None, :], back, rows < T, inside, K % BK == 0)
+    if NW > RP:
         acc = tl.sum(tl.reshape(acc, (2, RP, BK)), axis=0)
     r = tl.arange(0, RP)
     out = partials_ptr + (tl.program_id(1).to(tl.int64) * RP + r[:, None]) * K + columns[None, :]
@@ -102,7 +116,7 @@ def phi_backward_kernel(
 def _maps_backward(
     dpre_ptr, dpost_ptr, dres_ptr, saved_ptr, alpha_ptr, bias_ptr, da_ptr, factor_ptr, totals_ptr, T, program,
     N: tl.constexpr, P: tl.constexpr, C: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, RT: tl.constexpr,
-    ITERATIONS: tl.constexpr, HC: tl.constexpr, EPS: tl.constexpr, AGGREGATE: tl.constexpr, BF16: tl.constexpr, BS: tl.constexpr,
+    ITERATIONS: tl.constexpr, HC: tl.constexpr, EPS: tl.constexpr, AGGREGATE: tl.constexpr, NW: tl.constexpr, BS: tl.constexpr,
 ):  # fmt: skip
     # Sums are stored from the whole tile, by one of the elements that hold them: a tensor of the sums alone would change
     # layout through shared memory, several threads writing the same value to one place (a race, if a harmless one).
@@ -122,7 +136,7 @@ def _maps_backward(
         a = tl.load(saved_ptr + at * RP + k)
         b = tl.load(bias_ptr + k, mask=k < N, other=0.0)
         da, dr, dalpha, dbias = gate_backward(dh, a, tl.load(alpha_ptr), b, r, 1.0, HC)
-        _store_da(da_ptr, at, k, da, inside, RP, BF16)
+        _store_da(da_ptr, at, k, da, inside, RP, NW)
         tl.store(totals + k + 0 * rows, tl.sum(dbias, 0, keep_dims=True), mask=first & (k < N))
         tl.store(totals + R, tl.sum(tl.sum(dalpha, 1), 0))
         tl.store(factor_ptr + at * 12 + 8 + k, _rms_backward(tl.sum(dr, 1, keep_dims=True), r, N, C), mask=exists & (k == 0))
@@ -131,7 +145,7 @@ def _maps_backward(
     a = tl.load(saved_ptr + at * RP + N + k)
     b = tl.load(bias_ptr + N + k, mask=k < N, other=0.0)
     da, dr, dalpha, dbias = gate_backward(dh, a, tl.load(alpha_ptr + 1), b, r, 2.0, HC)
-    _store_da(da_ptr, at, N + k, da, inside, RP, BF16)
+    _store_da(da_ptr, at, N + k, da, inside, RP, NW)
     tl.store(totals + N + k + 0 * rows, tl.sum(dbias, 0, keep_dims=True), mask=first & (k < N))
     tl.store(totals + R + 1, tl.sum(tl.sum(dalpha, 1), 0))
     tl.store(factor_ptr + at * 12 + 4 + k, _rms_backward(tl.sum(dr, 1, keep_dims=True), r, N, C), mask=exists & (k == 0))
@@ -154,7 +168,7 @@ def _maps_backward(
     else:
         dl = sinkhorn.backward(alpha * (r * a) + b, dm, ITERATIONS, EPS, N, P)
         da, dr, dalpha, dbias = logit_backward(dl, a, alpha, r)
-    _store_da(da_ptr, at, 2 * N + k, da, inside, RP, BF16)
+    _store_da(da_ptr, at, 2 * N + k, da, inside, RP, NW)
     first = tl.arange(0, BS)[:, None, None] == 0
     tl.store(totals + 2 * N + k + 0 * rows, tl.sum(dbias, 0, keep_dims=True), mask=first & known)
     tl.store(totals + R + 2, tl.sum(tl.sum(tl.sum(dalpha, 2), 1), 0))
@@ -171,7 +185,7 @@ def _rms_backward(dr, r, N: tl.constexpr, C: tl.constexpr):
 @triton.jit
 def _aggregate_backward(
     du_ptr, x_ptr, saved_ptr, alpha_ptr, bias_ptr, da_ptr, factor_ptr, pre_totals_ptr, T, program,
-    N: tl.constexpr, C: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, NT: tl.constexpr, HC: tl.constexpr, BF16: tl.constexpr,
+    N: tl.constexpr, C: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, NT: tl.constexpr, HC: tl.constexpr, NW: tl.constexpr,
     BM: tl.constexpr, BC: tl.constexpr, V: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     rows = program * BM + tl.arange(0, BM)
@@ -198,7 +212,7 @@ def _aggregate_backward(
         dh = tl.sum(dots[k], 1)
         da, dr_k, dalpha, dbias = gate_backward(dh, a, alpha, tl.load(bias_ptr + k), r, 1.0, HC)
         dr += dr_k
-        _store_da(da_ptr, at, k, da, exists, RP, BF16)
+        _store_da(da_ptr, at, k, da, exists, RP, NW)
         tl.store(totals + k, _total(dbias, exists))
         dalpha_sum += _total(dalpha, exists)
     tl.store(totals + N, dalpha_sum)
@@ -221,7 +235,7 @@ def stream_backward_kernel(
     """Gradients of the streams and of the sublayer's output, BM tokens a program.
 
     g [T, N, C] from downstream (0 unless G); du [T, C] and pre [T, N] if AGGREGATE; da, factor [T, 3, 4] and w
-    (`pack_kernel`'s backward array) if PROJECT. With MIX: dx [T, N, C], dy [T, C], dres [T, N*N], dpost [T, N];
+    (`pack_kernel`'s backward array) if PROJECT; for N > 4, g is back of `phi_backward_kernel`. With MIX: dx [T, N, C], dy [T, C], dres [T, N*N], dpost [T, N];
     without: dx alone (x is x').
 
     With PROJECT the first programs add up the parameters' partial sums (to what is there, if ACCUMULATE: Megatron's
@@ -282,13 +296,13 @@ def _stream_backward(
         dots = tiles.zeros(N * (N + 1), BM, BC // V)
     if AGGREGATE:
         pre = tiles.load_columns(pre_ptr + at * N, N)
-    if PROJECT:
+    WIDE: tl.constexpr = N > 4
+    if PROJECT and not WIDE:
         rn = tl.arange(0, RP)
         factor = _factor(factor_ptr + at * 12)[:, None]
         da_step: tl.constexpr = 2 * RP if BF16 else RP
         da = tl.load(da_ptr + at[:, None] * da_step + rn[None, :], mask=rn[None, :] < R, other=0.0)
     rk = tl.arange(0, P * BC)
-    PADDED: tl.constexpr = tiles.mostly_padded(R, RP)
     for c in tl.range(0, C, BC, num_stages=STAGES):
         columns = c + tl.arange(0, BC)
         mask = (columns < C)[None, :]
@@ -309,7 +323,7 @@ def _stream_backward(
             for i in tl.static_range(N):
                 new = new + (g[i] + pre[i] * du,)
             g = new
-        if PROJECT:
+        if PROJECT and not WIDE:
             if MIX:
                 out = tiles.mix_streams(res, post, x, y, N)
             else:
@@ -322,10 +336,7 @@ def _stream_backward(
                     w = tiles.load_rows(w_ptr + i * C, rn, C * P, columns, mask, EVEN)
                     back = back + (_times_phi(da, w, DOT32),)
             else:
-                w_mask = (c * P + rk < C * P)[None, :]
-                if PADDED:
-                    w_mask &= (rn < R)[:, None]
-                w = tiles.load_rows(w_ptr, rn, C * P, c * P + rk, w_mask, EVEN and not PADDED)
+                w = tiles.load_rows(w_ptr, rn, C * P, c * P + rk, (c * P + rk < C * P)[None, :], EVEN)
                 back = tiles.separate(_times_phi(da, w, DOT32), N, BM, BC)
             new = ()
             for i in tl.static_range(N):

@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from triton import cdiv
 
 from mhc_kernels.fused import backward, configs, forward, pack
 from mhc_kernels.fused.launch import Launcher
-from mhc_kernels.fused.library import operator, sizes
-from mhc_kernels.fused.single import Partials, launch_mix_project, launch_stream_backward
+from mhc_kernels.fused.library import Sizes, cdiv, operator, sizes
+from mhc_kernels.fused.single import Partials, launch_mix_project, launch_project, launch_stream_backward
+from mhc_kernels.fused.workspace import Shape, divide, floats
 from mhc_kernels.reference import streams_of
 
 _pack = Launcher(pack.pack_kernel)
@@ -23,21 +23,39 @@ _map_aggregate = Launcher(forward.map_aggregate_kernel)
 _mapping_backward = Launcher(backward.mapping_backward_kernel)
 _phi_backward = Launcher(backward.phi_backward_kernel)
 
-Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
-def _outputs(x: Tensor, bias: Tensor, mixes: bool, aggregates: bool) -> Outputs:
-    n = streams_of(bias)
-    s = sizes(x, n)
+def _outputs(
+    x: Tensor, res: Tensor | None, post: Tensor | None, y: Tensor | None, bias: Tensor, aggregates: bool
+) -> Outputs:
+    s = sizes(x, streams_of(bias))
     lead = x.shape[:-1]
+    kept = bias.new_empty(floats(*_kept(s)))
+    if y is None or post is None or res is None:
+        return (
+            x.new_empty(0),
+            x.new_empty((*lead, s.c) if aggregates else 0),
+            bias.new_empty((*lead, s.n)),
+            bias.new_empty((*lead, s.n)),
+            bias.new_empty((*lead, s.n, s.n)),
+            kept,
+        )
     return (
-        torch.empty_like(x) if mixes else x.new_empty(0),
-        x.new_empty((*lead, s.c) if aggregates else 0),
-        torch.empty((*lead, n), dtype=torch.float32, device=x.device),
-        torch.empty((*lead, n), dtype=torch.float32, device=x.device),
-        torch.empty((*lead, n, n), dtype=torch.float32, device=x.device),
-        torch.empty((s.t, s.padded_rows), dtype=torch.float32, device=x.device),
-        torch.empty((s.padded_rows, s.c * s.padded_streams), dtype=s.product_dtype, device=x.device),
+        torch.empty_like(x),
+        torch.empty_like(y) if aggregates else x.new_empty(0),
+        torch.empty_like(post),
+        torch.empty_like(post),
+        torch.empty_like(res),
+        kept,
+    )
+
+
+def _kept(s: Sizes) -> tuple[Shape, Shape]:
+    """What the backward needs besides: projected values and in column R the RMS factor; phi as `pack_kernel` lays it out."""
+    return (
+        ((s.t, s.padded_rows), torch.float32),
+        ((s.padded_rows, s.packed[1] * s.packed[2]), s.product_dtype),
     )
 
 
@@ -45,13 +63,13 @@ def _fake_boundary(
     x: Tensor, res: Tensor | None, post: Tensor | None, y: Tensor | None, y_bias: Tensor | None, seed: Tensor | None, p: float,
     phi: Tensor, alpha: Tensor, bias: Tensor, aggregates: bool, iterations: int, eps: float, eps_sinkhorn: float, hc: bool,
 ) -> Outputs:  # fmt: skip
-    return _outputs(x, bias, y is not None, aggregates)
+    return _outputs(x, res, post, y, bias, aggregates)
 
 
 @operator(
     "boundary(Tensor x, Tensor? res, Tensor? post, Tensor? y, Tensor? y_bias, Tensor? seed, float p, "
     "Tensor phi, Tensor alpha, Tensor bias, bool aggregates, int iterations, float eps, float eps_sinkhorn, bool hc) -> "
-    "(Tensor out, Tensor u, Tensor pre, Tensor post_out, Tensor res_out, Tensor saved, Tensor w)",
+    "(Tensor out, Tensor u, Tensor pre, Tensor post_out, Tensor res_out, Tensor kept)",
     _fake_boundary,
 )
 def boundary(
@@ -69,20 +87,26 @@ def boundary(
 
     Returns:
         out ``[..., n*C]`` (empty without y), u ``[..., C]`` (empty unless aggregates), pre, post, res of the next
-        sublayer, float32, and for the backward: saved ``[T, RP]`` (projected values; in column R the RMS factor), w
-        ``[RP, C*P]`` (phi as `pack_kernel` lays it out).
+        sublayer, float32; kept, float32, what the backward needs besides (`_kept`).
     """
     s = sizes(x, streams_of(bias))
-    outputs = _outputs(x, bias, y is not None, aggregates)
+    outputs = _outputs(x, res, post, y, bias, aggregates)
     if not s.t:
         return outputs
-    out, u, pre, post_out, res_out, saved, w_back = outputs
-    w = torch.empty((s.c * s.padded_streams, s.width), dtype=s.product_dtype, device=x.device)
-    block = configs.pack(s.padded_rows, s.padded_streams, s.c)
-    _pack(cdiv(s.c, block), (phi, w, w_back), (s.rows,), (s.c, s.n, s.padded_streams, s.padded_rows, block, s.bf16), 4)
-    split = configs.mix_project(s.n, s.c, s.bf16).SPLIT
-    sums = torch.empty((split, s.t, s.padded_rows), dtype=torch.float32, device=x.device)
-    launch_mix_project(s, x, res, post, y, y_bias, seed, p, w, x if y is None else out, sums)
+    out, u, pre, post_out, res_out, kept = outputs
+    saved, w_back = divide(kept, *_kept(s))
+    n, padded, c = s.packed
+    split = (configs.project if s.wide else configs.mix_project)(s.n, s.c, s.bf16).SPLIT
+    shapes = (((split, s.t, s.padded_rows), torch.float32), ((padded * c, s.width), s.product_dtype))
+    sums, w = divide(bias.new_empty(floats(*shapes)), *shapes)
+    block = configs.pack(s.padded_rows, padded, c)
+    _pack(cdiv(c, block), (phi, w, w_back), (s.rows,), (c, n, padded, s.padded_rows, block, s.bf16), 4)
+    if s.wide:
+        if y is not None:
+            launch_mix_project(s, x, res, post, y, y_bias, seed, p, None, out, None)
+        launch_project(s, x if y is None else out, w, sums)
+    else:
+        launch_mix_project(s, x, res, post, y, y_bias, seed, p, w, x if y is None else out, sums)
     config = configs.aggregate(s.n, s.c, s.bf16)
     block = configs.token_block(s.n)
     programs = cdiv(s.t, block)
@@ -112,7 +136,7 @@ def _gradients(
         x.new_empty(0) if y is None else torch.empty_like(y),
         x.new_empty(0) if res is None else torch.empty_like(res),
         x.new_empty(0) if post is None else torch.empty_like(post),
-        x.new_empty(0) if accumulates else torch.empty(shape, dtype=torch.float32, device=x.device),
+        x.new_empty(0) if accumulates else bias.new_empty(shape),
         x.new_empty(0) if accumulates else torch.empty_like(alpha),
         x.new_empty(0) if accumulates else torch.empty_like(bias),
     )
@@ -121,7 +145,7 @@ def _gradients(
 def _fake_boundary_backward(
     g: Tensor | None, du: Tensor | None, dpre: Tensor | None, dpost_out: Tensor | None, dres_out: Tensor | None,
     x: Tensor, res: Tensor | None, post: Tensor | None, y: Tensor | None, y_bias: Tensor | None, seed: Tensor | None, p: float,
-    out: Tensor, pre: Tensor, saved: Tensor, w: Tensor, alpha: Tensor, bias: Tensor,
+    out: Tensor, pre: Tensor, kept: Tensor, alpha: Tensor, bias: Tensor,
     main_phi: Tensor | None, main_alpha: Tensor | None, main_bias: Tensor | None,
     iterations: int, eps_sinkhorn: float, hc: bool,
 ) -> Gradients:  # fmt: skip
@@ -131,7 +155,7 @@ def _fake_boundary_backward(
 @operator(
     "boundary_backward(Tensor? g, Tensor? du, Tensor? dpre, Tensor? dpost_out, Tensor? dres_out, "
     "Tensor x, Tensor? res, Tensor? post, Tensor? y, Tensor? y_bias, Tensor? seed, float p, "
-    "Tensor out, Tensor pre, Tensor saved, Tensor w, Tensor alpha, Tensor bias, "
+    "Tensor out, Tensor pre, Tensor kept, Tensor alpha, Tensor bias, "
     "Tensor(a!)? main_phi, Tensor(b!)? main_alpha, Tensor(c!)? main_bias, int iterations, float eps_sinkhorn, bool hc) -> "
     "(Tensor dx, Tensor dy, Tensor dres, Tensor dpost, Tensor dphi, Tensor dalpha, Tensor dbias)",
     _fake_boundary_backward,
@@ -139,7 +163,7 @@ def _fake_boundary_backward(
 def boundary_backward(
     g: Tensor | None, du: Tensor | None, dpre: Tensor | None, dpost_out: Tensor | None, dres_out: Tensor | None,
     x: Tensor, res: Tensor | None, post: Tensor | None, y: Tensor | None, y_bias: Tensor | None, seed: Tensor | None, p: float,
-    out: Tensor, pre: Tensor, saved: Tensor, w: Tensor, alpha: Tensor, bias: Tensor,
+    out: Tensor, pre: Tensor, kept: Tensor, alpha: Tensor, bias: Tensor,
     main_phi: Tensor | None, main_alpha: Tensor | None, main_bias: Tensor | None,
     iterations: int, eps_sinkhorn: float, hc: bool,
 ) -> Gradients:  # fmt: skip
@@ -174,13 +198,22 @@ def boundary_backward(
 
     c = configs.mapping_backward(s.n, s.c, s.bf16)
     maps, rows = cdiv(s.t, configs.token_block(s.n)), 0 if du is None else cdiv(s.t, c.BM)
-    da = torch.empty((s.t, s.width), dtype=s.product_dtype, device=device)
-    factor = torch.empty((s.t, 3, 4), dtype=torch.float32, device=device)
-    totals = torch.empty((maps, s.padded_totals), dtype=torch.float32, device=device)
-    pre_totals = torch.empty((rows, s.padded_pre), dtype=torch.float32, device=device)
+    k = s.n * s.c
+    columns = configs.phi_backward(s.n, s.c, s.bf16)
+    length = cdiv(cdiv(s.t, columns.PARTS), columns.BM) * columns.BM
+    parts = cdiv(s.t, length)
+    shapes = (
+        ((parts, s.padded_rows, k), torch.float32),
+        ((s.t, s.da_width), s.product_dtype),
+        ((s.t, 3, 4), torch.float32),
+        ((maps, s.padded_totals), torch.float32),
+        ((rows, s.padded_pre), torch.float32),
+    )
+    partials, da, factor, totals, pre_totals = divide(bias.new_empty(floats(*shapes)), *shapes)
+    saved, w = divide(kept, *_kept(s))
     meta = (
         s.n, s.padded_streams, s.c, s.rows, s.padded_rows, s.padded_totals, s.padded_pre,
-        iterations, hc, eps_sinkhorn, du is not None, s.bf16, configs.token_block(s.n), c.BM, c.BC, c.V, c.STAGES,
+        iterations, hc, eps_sinkhorn, du is not None, s.da_width, configs.token_block(s.n), c.BM, c.BC, c.V, c.STAGES,
     )  # fmt: skip
     _mapping_backward(
         maps + rows,
@@ -191,13 +224,17 @@ def boundary_backward(
         c.warps,
     )  # fmt: skip
 
-    k = s.n * s.c
-    columns = configs.phi_backward(s.n, s.c, s.bf16)
-    length = cdiv(cdiv(s.t, columns.PARTS), columns.BM) * columns.BM
-    parts = cdiv(s.t, length)
-    partials = torch.empty((parts, s.padded_rows, k), dtype=torch.float32, device=device)
-    shape = (k, s.padded_rows, s.bf16, s.dot32, columns.BM, columns.BK, columns.STAGES)
-    _phi_backward((cdiv(k, columns.BK), parts), (da, out, partials), (s.t, length), shape, columns.warps)
+    back = torch.empty_like(out) if s.wide else out
+    shape = (k, s.rows, s.padded_rows, s.da_width, s.dot32, s.wide, g is not None, columns.BM, columns.BK, columns.STAGES)
+    _phi_backward(
+        (cdiv(k, columns.BK), parts),
+        (da, out, partials, factor, w, out if g is None else g, back),
+        (s.t, length),
+        shape,
+        columns.warps,
+    )
+    if s.wide:
+        g = back
 
     mixed = (None, None, None) if y is None else (dy, dres, dpost)
     sums = Partials(totals, pre_totals, partials, dalpha, dbias, dphi, accumulates)

@@ -8,9 +8,10 @@ from __future__ import annotations
 from functools import cache
 from typing import NamedTuple
 
-from triton import cdiv, next_power_of_2
+from triton import next_power_of_2
 
 from mhc_kernels.fused.launch import INTERPRET
+from mhc_kernels.fused.library import cdiv
 
 
 class Rows(NamedTuple):
@@ -37,19 +38,25 @@ def _fit(config: Rows, c: int) -> Rows:
 def mix_project(n: int, c: int, bf16: bool) -> Rows:
     """Configuration of `mix_project_kernel`."""
     if not bf16:
-        return _fit(Rows(32, 32, 8, 2, 2, 8) if n <= 4 else Rows(32, 16, 8, 2, 1, 8), c)
-    if n > 4:
-        return _fit(Rows(64, 16, 8, 4, 2, 8), c)
+        return _fit(Rows(32, 32, 8, 2, 2, 8) if n <= 4 else Rows(8, 64, 8, 1, 2, 4), c)
+    if n > 4:  # the mix alone
+        return _fit(Rows(4, 256, 8, 1, 3, 4), c)
     if n <= 2:
         return _fit(Rows(64, 128, 8, 2, 3, 8, SWAP=True), c)
     return _fit(Rows(64, 64, 8, 2, 3, 8), c)
 
 
 @cache
+def project(n: int, c: int, bf16: bool) -> Rows:
+    """Configuration of `project_kernel`; BC columns of the n*C."""
+    return _fit(Rows(128, 64, 8, 2, 3, 8) if bf16 else Rows(32, 32, 8, 2, 2, 8), n * c)
+
+
+@cache
 def aggregate(n: int, c: int, bf16: bool) -> Rows:
     """Configuration of `map_aggregate_kernel` and the kernels of `aggregate`."""
     if n > 4 or not bf16:
-        return _fit(Rows(8, 128, 8, 1, 2, 4), c)
+        return _fit(Rows(4, 256, 8, 1, 2, 4), c)
     return _fit(Rows(4, 512, 8, 1, 3, 4), c)
 
 
@@ -59,7 +66,7 @@ def stream_backward(n: int, c: int, bf16: bool) -> Rows:
     if not bf16:
         return _fit(Rows(16, 32, 8, 1, 2, 4), c)
     if n > 4:
-        return _fit(Rows(16, 32, 4, 1, 2, 4), c)
+        return _fit(Rows(8, 64, 4, 1, 3, 4), c)
     return _fit(Rows(16, 64, 4, 1, 3, 4), c)
 
 
@@ -67,7 +74,7 @@ def stream_backward(n: int, c: int, bf16: bool) -> Rows:
 def mapping_backward(n: int, c: int, bf16: bool) -> Rows:
     """Configuration of `mapping_backward_kernel`."""
     if n > 4 or not bf16:
-        return _fit(Rows(16, 128, 8, 1, 2, 4), c)
+        return _fit(Rows(8, 128, 8, 1, 3, 4), c)
     return _fit(Rows(16, 128, 8, 1, 3, 4), c)
 
 
@@ -103,7 +110,7 @@ def phi_backward(n: int, c: int, bf16: bool) -> Columns:
     resident = 264
     if not bf16:
         config = Columns(32, 64, 1, 2, 4)
-    elif n > 5:
+    elif n > 4:
         config, resident = Columns(64, 128, 1, 3, 8), 132
     if INTERPRET:
         return Columns(64, min(256, max(16, next_power_of_2(n * c))), 2, 1, 4)

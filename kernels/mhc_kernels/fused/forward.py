@@ -40,8 +40,6 @@ def mix_project_kernel(
     squares = tl.zeros((BM, BC // V), tl.float32)
     rk = tl.arange(0, P * BC)
     rw = tl.arange(0, NW)
-    PADDED: tl.constexpr = tiles.mostly_padded(R, RP)
-    used = rw % RP < R
     for c0 in tl.range(0, C, BC * SPLIT, num_stages=STAGES):
         c = c0 + part * BC
         columns = c + tl.arange(0, BC)
@@ -61,10 +59,7 @@ def mix_project_kernel(
                 x = x + (o.to(tl.float32),)
         if PROJECT:
             squares += tiles.partial(_sum_of_squares(x, N), BM, BC, V)
-            w_mask = (c * P + rk < C * P)[:, None]
-            if PADDED:
-                w_mask &= used[None, :]
-            w = tiles.load_rows(w_ptr, c * P + rk, NW, rw, w_mask, EVEN and not PADDED)
+            w = tiles.load_rows(w_ptr, c * P + rk, NW, rw, (c * P + rk < C * P)[:, None], EVEN)
             a = tiles.interleave(x, N, BM, BC)
             if DOT32:
                 acc = tl.dot(a, w.to(tl.float32), acc, input_precision="tf32x3")
@@ -75,11 +70,48 @@ def mix_project_kernel(
     if PROJECT:
         if SWAP:
             acc = tl.trans(acc)
-        if BF16:
-            acc = tl.sum(tl.reshape(acc, (BM, 2, RP)), axis=1)
-        r = tl.arange(0, RP)
-        acc = tl.where(r[None, :] == R, tl.sum(squares, 1)[:, None], acc)
-        tl.store(sums_ptr + (part * T + at)[:, None] * RP + r[None, :], acc, mask=exists[:, None])
+        _store_sums(sums_ptr, acc, squares, part * T + at, exists, R, RP, BF16, BM)
+
+
+@triton.jit
+def _store_sums(
+    sums_ptr, acc, squares, at, exists, R: tl.constexpr, RP: tl.constexpr, BF16: tl.constexpr, BM: tl.constexpr
+):
+    if BF16:
+        acc = tl.sum(tl.reshape(acc, (BM, 2, RP)), axis=1)
+    r = tl.arange(0, RP)
+    acc = tl.where(r[None, :] == R, tl.sum(squares, 1)[:, None], acc)
+    tl.store(sums_ptr + at[:, None] * RP + r[None, :], acc, mask=exists[:, None])
+
+
+@triton.jit(do_not_specialize=["T"])
+def project_kernel(
+    x_ptr, w_ptr, sums_ptr, T,
+    K: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, BF16: tl.constexpr, DOT32: tl.constexpr,
+    BM: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr, V: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """The projection alone, for many streams: x [T, K], w [K, 2*RP] (hi | lo; [K, RP] float32) -> sums, as above."""
+    part = tl.program_id(0) % SPLIT
+    rows = (tl.program_id(0) // SPLIT) * BM + tl.arange(0, BM)
+    exists = rows < T
+    at = tl.minimum(rows, T - 1).to(tl.int64)
+    NW: tl.constexpr = 2 * RP if BF16 else RP
+    EVEN: tl.constexpr = K % (BK * SPLIT) == 0
+    rw = tl.arange(0, NW)
+    used = (rw % RP < R)[None, :]  # what pads R to RP need not come from the cache
+    acc = tl.zeros((BM, NW), tl.float32)
+    squares = tl.zeros((BM, BK // V), tl.float32)
+    for k0 in tl.range(0, K, BK * SPLIT, num_stages=STAGES):
+        k = k0 + part * BK + tl.arange(0, BK)
+        x = tiles.load_rows(x_ptr, at, K, k, (k < K)[None, :], EVEN)
+        w = tiles.load_rows(w_ptr, k, NW, rw, used & (k < K)[:, None], False)
+        x32 = x.to(tl.float32)
+        squares += tiles.partial(x32 * x32, BM, BK, V)
+        if DOT32:
+            acc = tl.dot(x32, w.to(tl.float32), acc, input_precision="tf32x3")
+        else:
+            acc = tl.dot(x, w, acc)
+    _store_sums(sums_ptr, acc, squares, part * T + at, exists, R, RP, BF16, BM)
 
 
 @triton.jit

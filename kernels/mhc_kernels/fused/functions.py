@@ -63,10 +63,10 @@ class Boundary(torch.autograd.Function):
         ctx: Any, x: Tensor, res: Tensor, post: Tensor, y: Tensor, y_bias: Tensor | None, seed: Tensor | None, p: float,
         phi: Tensor, alpha: Tensor, bias: Tensor, settings: Settings, accumulate: bool,
     ) -> tuple[Tensor, ...]:  # fmt: skip
-        out, u, pre, post_out, res_out, saved, w = boundary_operators.boundary(
+        out, u, pre, post_out, res_out, kept = boundary_operators.boundary(
             x, res, post, y, y_bias, seed, p, phi, alpha, bias, True, *settings
         )
-        ctx.save_for_backward(x, res, post, y, y_bias, seed, out, pre, saved, w, phi, alpha, bias)
+        ctx.save_for_backward(x, res, post, y, y_bias, seed, out, pre, kept, phi, alpha, bias)
         ctx.p, ctx.settings, ctx.accumulate = p, settings, accumulate
         ctx.set_materialize_grads(False)
         return out, u, post_out, res_out
@@ -74,9 +74,9 @@ class Boundary(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor | None, du: Tensor | None, dpost: Tensor | None, dres: Tensor | None) -> Any:
         _refuse_second_derivatives()
-        x, res, post, y, y_bias, seed, out, pre, saved, w, phi, alpha, bias = ctx.saved_tensors
+        x, res, post, y, y_bias, seed, out, pre, kept, phi, alpha, bias = ctx.saved_tensors
         dx, dy, dres_in, dpost_in, *parameters = _boundary_backward(
-            ctx, g, du, None, dpost, dres, x, res, post, y, y_bias, seed, ctx.p, out, pre, saved, w, phi, alpha, bias
+            ctx, g, du, None, dpost, dres, x, res, post, y, y_bias, seed, ctx.p, out, pre, kept, phi, alpha, bias
         )
         return dx, dres_in, dpost_in, dy, _bias_gradient(dy, y_bias), None, None, *parameters, None, None
 
@@ -89,10 +89,10 @@ class Connect(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, settings: Settings, accumulate: bool
     ) -> tuple[Tensor, ...]:
-        _, u, pre, post, res, saved, w = boundary_operators.boundary(
+        _, u, pre, post, res, kept = boundary_operators.boundary(
             x, None, None, None, None, None, 0.0, phi, alpha, bias, True, *settings
         )
-        ctx.save_for_backward(x, pre, saved, w, phi, alpha, bias)
+        ctx.save_for_backward(x, pre, kept, phi, alpha, bias)
         ctx.settings, ctx.accumulate = settings, accumulate
         ctx.set_materialize_grads(False)
         return x, u, post, res
@@ -100,9 +100,9 @@ class Connect(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor | None, du: Tensor | None, dpost: Tensor | None, dres: Tensor | None) -> Any:
         _refuse_second_derivatives()
-        x, pre, saved, w, phi, alpha, bias = ctx.saved_tensors
+        x, pre, kept, phi, alpha, bias = ctx.saved_tensors
         dx, _, _, _, *parameters = _boundary_backward(
-            ctx, g, du, None, dpost, dres, x, None, None, None, None, None, 0.0, x, pre, saved, w, phi, alpha, bias
+            ctx, g, du, None, dpost, dres, x, None, None, None, None, None, 0.0, x, pre, kept, phi, alpha, bias
         )
         return dx, *parameters, None, None
 
@@ -114,10 +114,10 @@ class Mappings(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, settings: Settings
     ) -> tuple[Tensor, ...]:
-        _, _, pre, post, res, saved, w = boundary_operators.boundary(
+        _, _, pre, post, res, kept = boundary_operators.boundary(
             x, None, None, None, None, None, 0.0, phi, alpha, bias, False, *settings
         )
-        ctx.save_for_backward(x, pre, saved, w, phi, alpha, bias)
+        ctx.save_for_backward(x, pre, kept, phi, alpha, bias)
         ctx.settings, ctx.accumulate = settings, False
         ctx.set_materialize_grads(False)
         return pre, post, res
@@ -125,9 +125,9 @@ class Mappings(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dpre: Tensor | None, dpost: Tensor | None, dres: Tensor | None) -> Any:
         _refuse_second_derivatives()
-        x, pre, saved, w, phi, alpha, bias = ctx.saved_tensors
+        x, pre, kept, phi, alpha, bias = ctx.saved_tensors
         dx, _, _, _, *parameters = _boundary_backward(
-            ctx, None, None, dpre, dpost, dres, x, None, None, None, None, None, 0.0, x, pre, saved, w, phi, alpha, bias
+            ctx, None, None, dpre, dpost, dres, x, None, None, None, None, None, 0.0, x, pre, kept, phi, alpha, bias
         )
         return dx, *parameters, None
 
@@ -135,13 +135,13 @@ class Mappings(torch.autograd.Function):
 def _boundary_backward(
     ctx: Any, g: Tensor | None, du: Tensor | None, dpre: Tensor | None, dpost: Tensor | None, dres: Tensor | None,
     x: Tensor, res: Tensor | None, post: Tensor | None, y: Tensor | None, y_bias: Tensor | None, seed: Tensor | None, p: float,
-    out: Tensor, pre: Tensor, saved: Tensor, w: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor,
+    out: Tensor, pre: Tensor, kept: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     mains: tuple[Tensor | None, ...] = _main_gradients((phi, alpha, bias)) if ctx.accumulate else (None, None, None)
     settings = ctx.settings
     gradients = boundary_operators.boundary_backward(
         _contiguous(g), _contiguous(du), _contiguous(dpre), _contiguous(dpost), _contiguous(dres),
-        x, res, post, y, y_bias, seed, p, out, pre, saved, w, alpha, bias, *mains,
+        x, res, post, y, y_bias, seed, p, out, pre, kept, alpha, bias, *mains,
         settings.iterations, settings.eps_sinkhorn, settings.hc,
     )  # fmt: skip
     if mains[0] is None:

@@ -15,6 +15,8 @@ import triton
 from torch import Tensor
 from triton import knobs
 
+from mhc_kernels.fused.workspace import Part
+
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 _DIRECT = triton.__version__.split(".")[:2] == ["3", "6"] and not INTERPRET
 _ALIGNMENT = 16  # bytes; what Triton specialises pointers on
@@ -44,7 +46,7 @@ class Launcher:
         self._built: set[tuple] = set()
 
     def __call__(
-        self, grid: int | tuple[int, int], tensors: tuple[Tensor, ...], scalars: tuple, meta: tuple, warps: int
+        self, grid: int | tuple[int, int], tensors: tuple[Tensor | Part, ...], scalars: tuple, meta: tuple, warps: int
     ) -> None:
         """Run on the current stream of the tensors' device. ``meta``: the constexpr arguments, in order."""
         device = tensors[0].get_device()
@@ -83,6 +85,7 @@ class Launcher:
 
     def _by_triton(self, device: int, blocks: tuple, tensors: tuple, scalars: tuple, meta: tuple, warps: int) -> Any:
         started = time.perf_counter()
+        tensors = tuple(t.tensor() if isinstance(t, Part) else t for t in tensors)
         if device >= 0:
             with torch.cuda.device(device):
                 compiled = self.kernel[blocks](*tensors, *scalars, *meta, num_warps=warps)

@@ -15,6 +15,11 @@ from mhc_kernels.fused.launch import INTERPRET
 _LIBRARY = torch.library.Library("mhc_kernels", "DEF")
 
 
+def cdiv(a: int, b: int) -> int:
+    """``a / b``, rounded up. `triton.cdiv` unwraps its arguments, which takes 5 us of host time a call."""
+    return -(-a // b)
+
+
 def operator(schema: str, fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Define an operator: the decorated function on CUDA (under Triton's interpreter on the CPU), ``fake`` for shapes.
 
@@ -36,9 +41,8 @@ def operator(schema: str, fake: Callable[..., Any]) -> Callable[[Callable[..., A
         def call(*arguments: Any) -> Any:
             if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
                 return op(*arguments)
-            for argument in arguments:
-                if isinstance(argument, Tensor) and type(argument) not in _PLAIN:
-                    return op(*arguments)
+            if not _PLAIN.issuperset(map(type, arguments)):
+                return op(*arguments)
             return function(*arguments)
 
         return call
@@ -46,7 +50,7 @@ def operator(schema: str, fake: Callable[..., Any]) -> Callable[[Callable[..., A
     return implement
 
 
-_PLAIN = (Tensor, torch.nn.Parameter)
+_PLAIN = {Tensor, torch.nn.Parameter, type(None), float, int, bool}  # no tensor subclasses
 
 
 class Sizes:
@@ -55,6 +59,10 @@ class Sizes:
     t: tokens; rows: R = n*n + 2n projected values; padded_rows: RP, a power of two > R (one more column holds the sum of
     squares); padded_streams: P, a power of two >= n; padded_totals, padded_pre: RT, NT, for rows + 3 and n + 1 sums;
     width: columns of phi in the products, bf16 hi | lo or float32; dot32: whether those are float32 products.
+
+    wide: n > 4. The projection and its backward are then kernels of their own: with R = 80 values a token, they are
+    matrix products of a size that keeps a multiprocessor busy alone. packed: (n, P, C) of phi as `pack_kernel` takes it: whole rows
+    if wide. da_width: columns of da, the gradient of the projected values; bf16 hi | lo, but hi alone if wide.
     """
 
     def __init__(self, t: int, c: int, n: int, dtype: torch.dtype):
@@ -69,6 +77,9 @@ class Sizes:
         self.dot32 = not self.bf16 or INTERPRET
         self.width = 2 * self.padded_rows if self.bf16 else self.padded_rows
         self.product_dtype = torch.bfloat16 if self.bf16 else torch.float32
+        self.wide = n > 4
+        self.packed = (1, 1, n * c) if self.wide else (n, self.padded_streams, c)
+        self.da_width = self.padded_rows if self.wide else self.width
 
 
 _sizes = functools.lru_cache(1024)(Sizes)

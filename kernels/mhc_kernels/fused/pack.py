@@ -13,10 +13,8 @@ def stream_of(q, N: tl.constexpr):
     """Which stream `tiles.interleave` puts at position q of a channel (bit reversal)."""
     if N <= 2:
         s = q
-    elif N <= 4:
-        s = (q & 1) * 2 + (q >> 1)
     else:
-        s = (q & 1) * 4 + (q & 2) + (q >> 2)
+        s = (q & 1) * 2 + (q >> 1)
     return s
 
 

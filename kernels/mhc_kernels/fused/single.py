@@ -6,13 +6,15 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from triton import cdiv, next_power_of_2
+from triton import next_power_of_2
 
 from mhc_kernels.fused import backward, configs, forward
 from mhc_kernels.fused.launch import Launcher
-from mhc_kernels.fused.library import Sizes, operator, sizes
+from mhc_kernels.fused.library import Sizes, cdiv, operator, sizes
+from mhc_kernels.fused.workspace import Part
 
 _mix_project = Launcher(forward.mix_project_kernel)
+_project = Launcher(forward.project_kernel)
 _stream_backward = Launcher(backward.stream_backward_kernel, unaligned=3)
 _aggregate = Launcher(forward.aggregate_kernel)
 _aggregate_backward = Launcher(backward.aggregate_backward_kernel)
@@ -22,7 +24,7 @@ _sinkhorn_backward = Launcher(backward.sinkhorn_backward_kernel)
 
 def launch_mix_project(
     s: Sizes, x: Tensor, res: Tensor | None, post: Tensor | None, y: Tensor | None, y_bias: Tensor | None, seed: Tensor | None,
-    p: float, w: Tensor | None, out: Tensor, sums: Tensor | None,
+    p: float, w: Tensor | Part | None, out: Tensor, sums: Tensor | Part | None,
 ) -> None:  # fmt: skip
     """`mix_project_kernel`: mixes if y is given, projects if w is."""
     config = configs.mix_project(s.n, s.c, s.bf16)
@@ -36,12 +38,21 @@ def launch_mix_project(
     _mix_project(cdiv(s.t, config.BM) * config.SPLIT, tensors, (s.t, p), meta, config.warps)
 
 
+def launch_project(s: Sizes, x: Tensor, w: Part, sums: Part) -> None:
+    """`project_kernel`."""
+    config = configs.project(s.n, s.c, s.bf16)
+    meta = (
+        s.n * s.c, s.rows, s.padded_rows, s.bf16, s.dot32, config.BM, config.BC, config.SPLIT, config.V, config.STAGES,
+    )  # fmt: skip
+    _project(cdiv(s.t, config.BM) * config.SPLIT, (x, w, sums), (s.t,), meta, config.warps)
+
+
 class Partials(NamedTuple):
     """Partial sums of the parameters' gradients, and where their totals go (added to what is there, if accumulates)."""
 
-    totals: Tensor
-    pre_totals: Tensor
-    phi: Tensor
+    totals: Part
+    pre_totals: Part
+    phi: Part
     dalpha: Tensor
     dbias: Tensor
     dphi: Tensor
@@ -51,7 +62,7 @@ class Partials(NamedTuple):
 def launch_stream_backward(
     s: Sizes, g: Tensor | None, du: Tensor | None, x: Tensor, y: Tensor | None, y_bias: Tensor | None,
     seed: Tensor | None, p: float, res: Tensor | None, post: Tensor | None, pre: Tensor | None,
-    da: Tensor | None, factor: Tensor | None, w: Tensor | None,
+    da: Part | None, factor: Part | None, w: Part | None,
     out: tuple[Tensor, Tensor | None, Tensor | None, Tensor | None], partials: Partials | None,
 ) -> None:  # fmt: skip
     """`stream_backward_kernel`: through the mix if y is given, the aggregation if du is, the projection if da is.
@@ -78,7 +89,7 @@ def launch_stream_backward(
     _stream_backward(programs, tensors, (s.t, *counts, p), meta, config.warps)
 
 
-def _or(tensor: Tensor | None, other: Tensor) -> Tensor:
+def _or(tensor: Tensor | Part | None, other: Tensor) -> Tensor | Part:
     return other if tensor is None else tensor
 
 

@@ -50,12 +50,6 @@ def load_rows(pointer, rows, step, columns, mask, EVEN: tl.constexpr):
     return tile
 
 
-@triton.constexpr_function
-def mostly_padded(R, RP):
-    """Whether it pays to mask the rows that pad R to RP: masked-off rows of phi are not read from the cache."""
-    return 4 * R < 3 * RP
-
-
 @triton.jit
 def load_columns(pointers, COUNT: tl.constexpr):
     """COUNT neighbouring float32 values of each token, as ``[BM, 1]`` each."""
@@ -115,16 +109,10 @@ def interleave(x, N: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr):
         out = x[0]
     elif N == 2:
         out = tl.reshape(tl.join(x[0], x[1]), (BM, 2 * BC))
-    elif N <= 4:
-        z = tl.zeros_like(x[0])
-        y = x + (z,)
-        out = tl.reshape(tl.join(tl.join(y[0], y[1]), tl.join(y[2], y[3])), (BM, 4 * BC))
     else:
-        z = tl.zeros_like(x[0])
-        y = x + (z, z, z)
-        a = tl.join(tl.join(y[0], y[1]), tl.join(y[2], y[3]))
-        b = tl.join(tl.join(y[4], y[5]), tl.join(y[6], y[7]))
-        out = tl.reshape(tl.join(a, b), (BM, 8 * BC))
+        tl.static_assert(N <= 4)
+        y = x + (tl.zeros_like(x[0]),)
+        out = tl.reshape(tl.join(tl.join(y[0], y[1]), tl.join(y[2], y[3])), (BM, 4 * BC))
     return out
 
 
@@ -136,20 +124,12 @@ def separate(t, N: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr):
     elif N == 2:
         a, b = tl.split(tl.reshape(t, (BM, BC, 2)))
         out = (a, b)
-    elif N <= 4:
+    else:
+        tl.static_assert(N <= 4)
         a, b = tl.split(tl.reshape(t, (BM, BC, 2, 2)))
         a0, a1 = tl.split(a)
         b0, b1 = tl.split(b)
         out = (a0, a1, b0, b1)
-    else:
-        a, b = tl.split(tl.reshape(t, (BM, BC, 2, 2, 2)))
-        a0, a1 = tl.split(a)
-        b0, b1 = tl.split(b)
-        a00, a01 = tl.split(a0)
-        a10, a11 = tl.split(a1)
-        b00, b01 = tl.split(b0)
-        b10, b11 = tl.split(b1)
-        out = (a00, a01, a10, a11, b00, b01, b10, b11)
     return out
 
 

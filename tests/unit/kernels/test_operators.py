@@ -85,9 +85,9 @@ def test_operators_pass_opcheck() -> None:
     torch.library.opcheck(ops.boundary.default, (*mixed, *own, True, *settings), test_utils=tests)
     alone = (x, None, None, None, None, None, 0.0)
     torch.library.opcheck(ops.boundary.default, (*alone, *own, False, *settings), test_utils=tests)
-    out, _, pre, _, _, saved, w = ops.boundary.default(*mixed, *own, True, *settings)
+    out, _, pre, _, _, kept = ops.boundary.default(*mixed, *own, True, *settings)
     upstream = (g[0].flatten(-2), g[1], None, g[2], g[3])
-    rest = (out, pre, saved, w, *own[1:])
+    rest = (out, pre, kept, *own[1:])
     for mains in ((None, None, None), tuple(torch.zeros_like(p) for p in own)):
         arguments = (*upstream, *mixed, *rest, *mains, 20, 0.0, False)
         torch.library.opcheck(ops.boundary_backward.default, arguments, test_utils=tests)
