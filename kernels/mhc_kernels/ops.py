@@ -191,7 +191,7 @@ def connect(
         _remember(key, settings)
     check_contiguous(x=x, phi=phi, alpha=alpha, bias=bias)
     own = (_float32(phi), _float32(alpha), _float32(bias))
-    out, u, post, res = _functions().Connect.apply(x if flat else x.flatten(-2), *own, settings, accumulate)
+    out, u, post, res = _functions().apply_connect(x if flat else x.flatten(-2), *own, settings, accumulate)
     return _same_form(out, x), u, post, res
 
 
@@ -246,7 +246,7 @@ def boundary(
     )
     seed = _functions().new_seed(x.device) if dropout_p > 0 else None
     own = (_float32(next_phi), _float32(next_alpha), _float32(next_bias))
-    out, u, post, res = _functions().Boundary.apply(
+    out, u, post, res = _functions().apply_boundary(
         x if flat else x.flatten(-2), _float32(res), _float32(post), _cast(y, x), _cast(bias, x), seed, float(dropout_p),
         *own, settings, accumulate,
     )  # fmt: skip

@@ -8,6 +8,9 @@ With g the gradient of x' that comes from downstream, and da that of the project
 3. `stream_backward_kernel`: ``g += H_pre du + phi^T da + factor x'``, with x' recomputed from x and y (it is not read), then
    ``dx = H_res^T g``, ``dy = H_post . g``, ``dH_res_ij = g_i . x_j``, ``dH_post_i = g_i . y`` (units: 4 + 1 + 4 + 1 + 5).
    Its first programs add up the partial sums of the parameters' gradients, in order: no atomics, the same bits every time.
+
+For n > 4 the second kernel also writes ``g + phi^T da + factor x'``, and the third one reads that instead of g (16 units more
+for n = 8): with 64 coefficients a token it has no registers left for the product.
 """
 
 import triton
@@ -66,13 +69,13 @@ def mapping_backward_kernel(
 @triton.jit(do_not_specialize=["T", "RANGE"])
 def phi_backward_kernel(
     da_ptr, x_ptr, partials_ptr, factor_ptr, w_ptr, g_ptr, back_ptr, T, RANGE,
-    K: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, NW: tl.constexpr, DOT32: tl.constexpr, BACK: tl.constexpr, G: tl.constexpr,
-    BM: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
+    K: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, NW: tl.constexpr, DOT32: tl.constexpr,
+    BACK: tl.constexpr, G: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """partials [parts, RP, K]: ``da^T x`` over RANGE tokens (a multiple of BM) each; x [T, K], da [T, NW].
 
-    With BACK also back [T, K]: ``g + da phi + factor x``, for many streams; g [T, K] (0 unless G), factor [T, 3, 4] and w [RP, K] as in
-    `stream_backward_kernel`, NW = RP.
+    With BACK also back [T, K]: ``g + da phi + factor x``, for many streams; g [T, K] (0 unless G), factor [T, 3, 4] and
+    w [RP, K] as in `stream_backward_kernel`, NW = RP.
     """
     columns = tl.program_id(0) * BK + tl.arange(0, BK)
     inside = (columns < K)[None, :]
@@ -139,7 +142,9 @@ def _maps_backward(
         _store_da(da_ptr, at, k, da, inside, RP, NW)
         tl.store(totals + k + 0 * rows, tl.sum(dbias, 0, keep_dims=True), mask=first & (k < N))
         tl.store(totals + R, tl.sum(tl.sum(dalpha, 1), 0))
-        tl.store(factor_ptr + at * 12 + 8 + k, _rms_backward(tl.sum(dr, 1, keep_dims=True), r, N, C), mask=exists & (k == 0))
+        tl.store(
+            factor_ptr + at * 12 + 8 + k, _rms_backward(tl.sum(dr, 1, keep_dims=True), r, N, C), mask=exists & (k == 0)
+        )
 
     dh = tl.load(dpost_ptr + at * N + k, mask=inside, other=0.0)
     a = tl.load(saved_ptr + at * RP + N + k)
@@ -148,7 +153,9 @@ def _maps_backward(
     _store_da(da_ptr, at, N + k, da, inside, RP, NW)
     tl.store(totals + N + k + 0 * rows, tl.sum(dbias, 0, keep_dims=True), mask=first & (k < N))
     tl.store(totals + R + 1, tl.sum(tl.sum(dalpha, 1), 0))
-    tl.store(factor_ptr + at * 12 + 4 + k, _rms_backward(tl.sum(dr, 1, keep_dims=True), r, N, C), mask=exists & (k == 0))
+    tl.store(
+        factor_ptr + at * 12 + 4 + k, _rms_backward(tl.sum(dr, 1, keep_dims=True), r, N, C), mask=exists & (k == 0)
+    )
 
     rows = program * BS + tl.arange(0, BS)[:, None, None]
     exists = rows < T
@@ -235,8 +242,8 @@ def stream_backward_kernel(
     """Gradients of the streams and of the sublayer's output, BM tokens a program.
 
     g [T, N, C] from downstream (0 unless G); du [T, C] and pre [T, N] if AGGREGATE; da, factor [T, 3, 4] and w
-    (`pack_kernel`'s backward array) if PROJECT; for N > 4, g is back of `phi_backward_kernel`. With MIX: dx [T, N, C], dy [T, C], dres [T, N*N], dpost [T, N];
-    without: dx alone (x is x').
+    (`pack_kernel`'s backward array) if PROJECT; for N > 4, g is back of `phi_backward_kernel`.
+    With MIX: dx [T, N, C], dy [T, C], dres [T, N*N], dpost [T, N]; without: dx alone (x is x').
 
     With PROJECT the first programs add up the parameters' partial sums (to what is there, if ACCUMULATE: Megatron's
     main_grad): dalpha [3] and dbias [R]; dphi [R, N*C], BR elements each.

@@ -1,8 +1,7 @@
 """Operators for a boundary between two sublayers, and for its second half where a chain of sublayers starts.
 
 ``boundary`` mixes a sublayer's output into the streams, computes the next sublayer's mappings from the result, and what
-that sublayer
-reads: pack + 2 launches. ``boundary_backward`` is all of its gradients: 3 launches.
+that sublayer reads: 3 launches, or 4 for n > 4. ``boundary_backward`` is all of its gradients: 3 launches.
 Without y, the streams are taken as they are.
 """
 
@@ -12,18 +11,22 @@ import torch
 from torch import Tensor
 
 from mhc_kernels.fused import backward, configs, forward, pack
-from mhc_kernels.fused.launch import Launcher
+from mhc_kernels.fused.launch import Part, Plan, Step, divide
 from mhc_kernels.fused.library import Sizes, cdiv, operator, sizes
-from mhc_kernels.fused.single import Partials, launch_mix_project, launch_project, launch_stream_backward
-from mhc_kernels.fused.workspace import Shape, divide, floats
+from mhc_kernels.fused.single import mix_project_step, plans, stream_backward_step
 from mhc_kernels.reference import streams_of
 
-_pack = Launcher(pack.pack_kernel)
-_map_aggregate = Launcher(forward.map_aggregate_kernel)
-_mapping_backward = Launcher(backward.mapping_backward_kernel)
-_phi_backward = Launcher(backward.phi_backward_kernel)
-
 Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+def _kept(s: Sizes) -> dict[str, Part]:
+    """What the backward needs besides: projected values and in column R the RMS factor; phi as `pack_kernel` lays it out."""
+    columns = s.packed[1] * s.packed[2]
+    return divide(
+        "kept",
+        saved=((s.t, s.padded_rows), torch.float32),
+        w_back=((s.padded_rows, columns), s.product_dtype),
+    )
 
 
 def _outputs(
@@ -31,7 +34,7 @@ def _outputs(
 ) -> Outputs:
     s = sizes(x, streams_of(bias))
     lead = x.shape[:-1]
-    kept = bias.new_empty(floats(*_kept(s)))
+    kept = bias.new_empty(s.kept)
     if y is None or post is None or res is None:
         return (
             x.new_empty(0),
@@ -51,12 +54,57 @@ def _outputs(
     )
 
 
-def _kept(s: Sizes) -> tuple[Shape, Shape]:
-    """What the backward needs besides: projected values and in column R the RMS factor; phi as `pack_kernel` lays it out."""
-    return (
-        ((s.t, s.padded_rows), torch.float32),
-        ((s.padded_rows, s.packed[1] * s.packed[2]), s.product_dtype),
+_FORWARD = (
+    "x", "res", "post", "y", "y_bias", "seed", "phi", "alpha", "bias",
+    "out", "u", "pre", "post_out", "res_out", "kept", "scratch",
+)  # fmt: skip
+
+
+@plans
+def _forward_plan(
+    s: Sizes, mixes: bool, biased: bool, drops: bool, p: float, aggregates: bool, iterations: int, eps: float,
+    eps_sinkhorn: float, hc: bool,
+) -> Plan:  # fmt: skip
+    n, padded, c = s.packed
+    out = "out" if mixes else "x"
+    block = configs.pack(s.padded_rows, padded, c)
+    meta: tuple = (c, n, padded, s.padded_rows, block, s.bf16)
+    steps = [Step(pack.pack_kernel, (cdiv(c, block), 1, 1), ("phi", "w", "w_back"), (s.rows,), meta, 4)]
+
+    if s.wide:
+        split = configs.project(s.n, s.c, s.bf16).SPLIT
+        if mixes:
+            steps.append(mix_project_step(s, True, False, biased, drops, p))
+        steps.append(_project_step(s, out))
+    else:
+        split = configs.mix_project(s.n, s.c, s.bf16).SPLIT
+        steps.append(mix_project_step(s, mixes, True, biased, drops, p))
+
+    config, block = configs.aggregate(s.n, s.c, s.bf16), configs.token_block(s.n)
+    programs = cdiv(s.t, block)
+    grid = (programs + (cdiv(s.t, config.BM) if aggregates else 0), 1, 1)
+    arrays = ("sums", out, "alpha", "bias", "u", "pre", "post_out", "res_out", "saved")
+    meta = (
+        s.n, s.padded_streams, s.c, s.rows, s.padded_rows, split, iterations, hc, eps_sinkhorn,
+        block, config.BM, config.BC, config.STAGES,
+    )  # fmt: skip
+    steps.append(Step(forward.map_aggregate_kernel, grid, arrays, (s.t, programs, eps), meta, config.warps))
+
+    scratch = divide(
+        "scratch",
+        sums=((split, s.t, s.padded_rows), torch.float32),
+        w=((padded * c, s.width), s.product_dtype),
     )
+    return Plan(_FORWARD, steps, {**_kept(s), **scratch})
+
+
+def _project_step(s: Sizes, out: str) -> Step:
+    config = configs.project(s.n, s.c, s.bf16)
+    grid = (cdiv(s.t, config.BM) * config.SPLIT, 1, 1)
+    meta = (
+        s.n * s.c, s.rows, s.padded_rows, s.bf16, s.dot32, config.BM, config.BC, config.SPLIT, config.V, config.STAGES,
+    )  # fmt: skip
+    return Step(forward.project_kernel, grid, (out, "w", "sums"), (s.t,), meta, config.warps)
 
 
 def _fake_boundary(
@@ -91,36 +139,15 @@ def boundary(
     """
     s = sizes(x, streams_of(bias))
     outputs = _outputs(x, res, post, y, bias, aggregates)
-    if not s.t:
-        return outputs
-    out, u, pre, post_out, res_out, kept = outputs
-    saved, w_back = divide(kept, *_kept(s))
-    n, padded, c = s.packed
-    split = (configs.project if s.wide else configs.mix_project)(s.n, s.c, s.bf16).SPLIT
-    shapes = (((split, s.t, s.padded_rows), torch.float32), ((padded * c, s.width), s.product_dtype))
-    sums, w = divide(bias.new_empty(floats(*shapes)), *shapes)
-    block = configs.pack(s.padded_rows, padded, c)
-    _pack(cdiv(c, block), (phi, w, w_back), (s.rows,), (c, n, padded, s.padded_rows, block, s.bf16), 4)
-    if s.wide:
-        if y is not None:
-            launch_mix_project(s, x, res, post, y, y_bias, seed, p, None, out, None)
-        launch_project(s, x if y is None else out, w, sums)
-    else:
-        launch_mix_project(s, x, res, post, y, y_bias, seed, p, w, x if y is None else out, sums)
-    config = configs.aggregate(s.n, s.c, s.bf16)
-    block = configs.token_block(s.n)
-    programs = cdiv(s.t, block)
-    meta = (
-        s.n, s.padded_streams, s.c, s.rows, s.padded_rows, split, iterations, hc, eps_sinkhorn,
-        block, config.BM, config.BC, config.STAGES,
-    )  # fmt: skip
-    _map_aggregate(
-        programs + (cdiv(s.t, config.BM) if aggregates else 0),
-        (sums, x if y is None else out, alpha, bias, u, pre, post_out, res_out, saved),
-        (s.t, programs, eps),
-        meta,
-        config.warps,
-    )
+    if s.t:
+        plan = _forward_plan(
+            s, y is not None, y_bias is not None, seed is not None, p, aggregates, iterations, eps, eps_sinkhorn, hc
+        )
+        plan.run(
+            x, x if res is None else res, x if post is None else post, x if y is None else y,
+            x if y_bias is None else y_bias, x if seed is None else seed, phi, alpha, bias,
+            *outputs, bias.new_empty(plan.floats["scratch"]),
+        )  # fmt: skip
     return outputs
 
 
@@ -140,6 +167,53 @@ def _gradients(
         x.new_empty(0) if accumulates else torch.empty_like(alpha),
         x.new_empty(0) if accumulates else torch.empty_like(bias),
     )
+
+
+_BACKWARD = (
+    "g", "du", "dpre", "dpost_out", "dres_out", "x", "res", "post", "y", "y_bias", "seed", "out", "pre", "kept", "alpha", "bias",
+    "scratch", "back", "dx", "dy", "dres", "dpost", "dphi", "dalpha", "dbias",
+)  # fmt: skip
+
+
+@plans
+def _backward_plan(
+    s: Sizes, g: bool, aggregates: bool, mixes: bool, biased: bool, drops: bool, accumulates: bool, p: float,
+    iterations: int, eps_sinkhorn: float, hc: bool,
+) -> Plan:  # fmt: skip
+    config, block = configs.mapping_backward(s.n, s.c, s.bf16), configs.token_block_backward(s.n)
+    maps, rows = cdiv(s.t, block), cdiv(s.t, config.BM) if aggregates else 0
+    arrays: tuple[str, ...] = (
+        "du", "out", "dpre", "dpost_out", "dres_out", "saved", "alpha", "bias", "da", "factor", "totals", "pre_totals",
+    )  # fmt: skip
+    meta: tuple = (
+        s.n, s.padded_streams, s.c, s.rows, s.padded_rows, s.padded_totals, s.padded_pre,
+        iterations, hc, eps_sinkhorn, aggregates, s.da_width, block, config.BM, config.BC, config.V, config.STAGES,
+    )  # fmt: skip
+    mapping = Step(backward.mapping_backward_kernel, (maps + rows, 1, 1), arrays, (s.t, maps), meta, config.warps)
+
+    k = s.n * s.c
+    columns = configs.phi_backward(s.n, s.c, s.bf16)
+    length = cdiv(cdiv(s.t, columns.PARTS), columns.BM) * columns.BM
+    parts = cdiv(s.t, length)
+    arrays = ("da", "out", "partials", "factor", "w_back", "g", "back")
+    meta = (
+        k, s.rows, s.padded_rows, s.da_width, s.dot32, s.wide, s.wide and g, columns.BM, columns.BK, columns.STAGES,
+    )  # fmt: skip
+    grid = (cdiv(k, columns.BK), parts, 1)
+    phi = Step(backward.phi_backward_kernel, grid, arrays, (s.t, length), meta, columns.warps)
+
+    counts = (maps, rows, parts)
+    streams = stream_backward_step(s, g, aggregates, mixes, True, biased, drops, accumulates, p, counts)
+    scratch = divide(
+        "scratch",
+        partials=((parts, s.padded_rows, k), torch.float32),
+        da=((s.t, s.da_width), s.product_dtype),
+        factor=((s.t, 3, 4), torch.float32),
+        totals=((maps, s.padded_totals), torch.float32),
+        pre_totals=((rows, s.padded_pre), torch.float32),
+    )
+    # The gradients of the parameters may be Megatron's, at any address.
+    return Plan(_BACKWARD, [mapping, phi, streams], {**_kept(s), **scratch}, unaligned=3)
 
 
 def _fake_boundary_backward(
@@ -179,64 +253,30 @@ def boundary_backward(
         Gradients of x, y, res, post, phi, alpha, bias; empty where there is nothing to return.
     """
     s = sizes(x, streams_of(bias))
-    gradients = _gradients(x, res, post, y, alpha, bias, main_phi is not None)
-    dx, dy, dres, dpost, dphi, dalpha, dbias = gradients
     accumulates = main_phi is not None
+    gradients = _gradients(x, res, post, y, alpha, bias, accumulates)
     if not s.t:
-        for gradient in () if accumulates else (dphi, dalpha, dbias):
+        for gradient in () if accumulates else gradients[4:]:
             gradient.zero_()
         return gradients
-    lead, device = x.shape[:-1], x.device
+    lead = x.shape[:-1]
     if dpost_out is None:
-        dpost_out = torch.zeros((*lead, s.n), dtype=torch.float32, device=device)
+        dpost_out = bias.new_zeros((*lead, s.n))
     if dres_out is None:
-        dres_out = torch.zeros((*lead, s.n, s.n), dtype=torch.float32, device=device)
-    if du is None and dpre is None:
-        dpre = torch.zeros((*lead, s.n), dtype=torch.float32, device=device)
+        dres_out = bias.new_zeros((*lead, s.n, s.n))
+    if dpre is None:
+        dpre = alpha if du is not None else bias.new_zeros((*lead, s.n))
+    plan = _backward_plan(
+        s, g is not None, du is not None, y is not None, y_bias is not None, seed is not None, accumulates, p,
+        iterations, eps_sinkhorn, hc,
+    )  # fmt: skip
+    parameters = gradients[4:]
     if main_phi is not None and main_alpha is not None and main_bias is not None:
-        dphi, dalpha, dbias = main_phi, main_alpha, main_bias
-
-    c = configs.mapping_backward(s.n, s.c, s.bf16)
-    maps, rows = cdiv(s.t, configs.token_block(s.n)), 0 if du is None else cdiv(s.t, c.BM)
-    k = s.n * s.c
-    columns = configs.phi_backward(s.n, s.c, s.bf16)
-    length = cdiv(cdiv(s.t, columns.PARTS), columns.BM) * columns.BM
-    parts = cdiv(s.t, length)
-    shapes = (
-        ((parts, s.padded_rows, k), torch.float32),
-        ((s.t, s.da_width), s.product_dtype),
-        ((s.t, 3, 4), torch.float32),
-        ((maps, s.padded_totals), torch.float32),
-        ((rows, s.padded_pre), torch.float32),
-    )
-    partials, da, factor, totals, pre_totals = divide(bias.new_empty(floats(*shapes)), *shapes)
-    saved, w = divide(kept, *_kept(s))
-    meta = (
-        s.n, s.padded_streams, s.c, s.rows, s.padded_rows, s.padded_totals, s.padded_pre,
-        iterations, hc, eps_sinkhorn, du is not None, s.da_width, configs.token_block(s.n), c.BM, c.BC, c.V, c.STAGES,
+        parameters = (main_phi, main_alpha, main_bias)
+    plan.run(
+        x if g is None else g, x if du is None else du, dpre, dpost_out, dres_out,
+        x, x if res is None else res, x if post is None else post, x if y is None else y,
+        x if y_bias is None else y_bias, x if seed is None else seed, out, pre, kept, alpha, bias,
+        bias.new_empty(plan.floats["scratch"]), torch.empty_like(out) if s.wide else out, *gradients[:4], *parameters,
     )  # fmt: skip
-    _mapping_backward(
-        maps + rows,
-        (x if du is None else du, out, alpha if dpre is None else dpre, dpost_out, dres_out, saved, alpha, bias,
-         da, factor, totals, pre_totals),
-        (s.t, maps),
-        meta,
-        c.warps,
-    )  # fmt: skip
-
-    back = torch.empty_like(out) if s.wide else out
-    shape = (k, s.rows, s.padded_rows, s.da_width, s.dot32, s.wide, g is not None, columns.BM, columns.BK, columns.STAGES)
-    _phi_backward(
-        (cdiv(k, columns.BK), parts),
-        (da, out, partials, factor, w, out if g is None else g, back),
-        (s.t, length),
-        shape,
-        columns.warps,
-    )
-    if s.wide:
-        g = back
-
-    mixed = (None, None, None) if y is None else (dy, dres, dpost)
-    sums = Partials(totals, pre_totals, partials, dalpha, dbias, dphi, accumulates)
-    launch_stream_backward(s, g, du, x, y, y_bias, seed, p, res, post, pre, da, factor, w, (dx, *mixed), sums)
     return gradients

@@ -49,7 +49,7 @@ def mix_project(n: int, c: int, bf16: bool) -> Rows:
 @cache
 def project(n: int, c: int, bf16: bool) -> Rows:
     """Configuration of `project_kernel`; BC columns of the n*C."""
-    return _fit(Rows(128, 64, 8, 2, 3, 8) if bf16 else Rows(32, 32, 8, 2, 2, 8), n * c)
+    return _fit(Rows(128, 64, 8, 2, 4, 8) if bf16 else Rows(32, 32, 8, 2, 2, 8), n * c)
 
 
 @cache
@@ -66,7 +66,7 @@ def stream_backward(n: int, c: int, bf16: bool) -> Rows:
     if not bf16:
         return _fit(Rows(16, 32, 8, 1, 2, 4), c)
     if n > 4:
-        return _fit(Rows(8, 64, 4, 1, 3, 4), c)
+        return _fit(Rows(2, 64, 4, 1, 3, 1), c)
     return _fit(Rows(16, 64, 4, 1, 3, 4), c)
 
 
@@ -82,10 +82,17 @@ REDUCE_BLOCK = 8192 if INTERPRET else 2048  # elements of dphi a program adds up
 
 
 def token_block(n: int) -> int:
-    """Tokens a program of the mappings: their n*n matrices are in its registers, with the sums of 20 Sinkhorn iterations."""
+    """Tokens a program of the mappings: their n*n matrices are in its registers."""
     if INTERPRET:
         return 64
-    return 64 if n <= 4 else 8
+    return 64 if n <= 4 else 32
+
+
+def token_block_backward(n: int) -> int:
+    """As `token_block`, in the backward, where the sums of all iterations are in registers as well."""
+    if INTERPRET:
+        return 64
+    return 64 if n <= 4 else 4
 
 
 def pack(padded_rows: int, padded_streams: int, c: int) -> int:
@@ -111,7 +118,7 @@ def phi_backward(n: int, c: int, bf16: bool) -> Columns:
     if not bf16:
         config = Columns(32, 64, 1, 2, 4)
     elif n > 4:
-        config, resident = Columns(64, 128, 1, 3, 8), 132
+        config, resident = Columns(64, 128, 1, 3, 8), 640
     if INTERPRET:
         return Columns(64, min(256, max(16, next_power_of_2(n * c))), 2, 1, 4)
     blocks = cdiv(n * c, config.BK)

@@ -2,7 +2,8 @@
 
 `mix_project_kernel`: ``x' = H_res x + H_post y``, and x' times phi (partial sums) while it is in registers.
 `map_aggregate_kernel`: the mappings from those sums, and ``u = H_pre x'``; some programs do the one, some the other.
-Units of C elements a token, n = 4: the first moves 4 + 1 + 4, the second 4 + 1.
+Units of C elements a token, n = 4: the first moves 4 + 1 + 4, the second 4 + 1. For n > 4 the projection is a kernel of its own
+(n units more): as the mix has n*n coefficients a token and phi n*n + 2n rows, the two have no room for each other.
 """
 
 import triton

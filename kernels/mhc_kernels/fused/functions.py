@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -199,3 +200,19 @@ class Sinkhorn(torch.autograd.Function):
         _refuse_second_derivatives()
         (logits,) = ctx.saved_tensors
         return single.sinkhorn_backward(dres.contiguous(), logits, ctx.iterations, ctx.eps), None, None
+
+
+def _without_functorch(function: type[torch.autograd.Function]) -> Callable[..., Any]:
+    """``function.apply``, without the 4 us in which it looks for functorch's wrappers, where there are none."""
+    plain = super(torch.autograd.Function, function).apply  # type: ignore[misc]
+
+    def apply(*arguments: Any) -> Any:
+        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+            return function.apply(*arguments)
+        return plain(*arguments)
+
+    return apply
+
+
+apply_boundary = _without_functorch(Boundary)
+apply_connect = _without_functorch(Connect)

@@ -60,9 +60,9 @@ class Sizes:
     squares); padded_streams: P, a power of two >= n; padded_totals, padded_pre: RT, NT, for rows + 3 and n + 1 sums;
     width: columns of phi in the products, bf16 hi | lo or float32; dot32: whether those are float32 products.
 
-    wide: n > 4. The projection and its backward are then kernels of their own: with R = 80 values a token, they are
-    matrix products of a size that keeps a multiprocessor busy alone. packed: (n, P, C) of phi as `pack_kernel` takes it: whole rows
-    if wide. da_width: columns of da, the gradient of the projected values; bf16 hi | lo, but hi alone if wide.
+    wide: n > 4. The projection and its backward are then not in the kernels that mix: there are too many coefficients a
+    token. packed: (n, P, C) of phi as `pack_kernel` takes it: whole rows if wide. da_width: columns of da, the gradient of
+    the projected values; bf16 hi | lo, but hi alone if wide. kept: float32 numbers that a forward leaves for its backward.
     """
 
     def __init__(self, t: int, c: int, n: int, dtype: torch.dtype):
@@ -79,6 +79,8 @@ class Sizes:
         self.product_dtype = torch.bfloat16 if self.bf16 else torch.float32
         self.wide = n > 4
         self.packed = (1, 1, n * c) if self.wide else (n, self.padded_streams, c)
+        kept_phi = self.padded_rows * self.packed[1] * self.packed[2]
+        self.kept = t * self.padded_rows + kept_phi * self.product_dtype.itemsize // 4
         self.da_width = self.padded_rows if self.wide else self.width
 
 

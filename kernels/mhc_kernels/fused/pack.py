@@ -1,4 +1,4 @@
-"""phi as the kernels want it: float32 split into two bf16 terms, rows permuted to match `tiles.interleave`.
+"""phi as the kernels want it: float32 split into two bf16 terms, rows permuted to match `tiles.interleave` (n <= 4).
 
 hi + lo keeps 16 bits of phi in bf16 tensor-core products: relative error 4e-6 of the projection, where TF32 has 2e-4, at TF32's
 time. Streams that are not bf16 are multiplied in float32 (three TF32 products), from a float32 copy.

@@ -2,101 +2,73 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 from triton import next_power_of_2
 
 from mhc_kernels.fused import backward, configs, forward
-from mhc_kernels.fused.launch import Launcher
+from mhc_kernels.fused.launch import Plan, Step
 from mhc_kernels.fused.library import Sizes, cdiv, operator, sizes
-from mhc_kernels.fused.workspace import Part
 
-_mix_project = Launcher(forward.mix_project_kernel)
-_project = Launcher(forward.project_kernel)
-_stream_backward = Launcher(backward.stream_backward_kernel, unaligned=3)
-_aggregate = Launcher(forward.aggregate_kernel)
-_aggregate_backward = Launcher(backward.aggregate_backward_kernel)
-_sinkhorn = Launcher(forward.sinkhorn_kernel)
-_sinkhorn_backward = Launcher(backward.sinkhorn_backward_kernel)
+plans = lru_cache(4096)
+"""For the functions that make them: plans are kept by sizes and options, and every layer has the same."""
 
 
-def launch_mix_project(
-    s: Sizes, x: Tensor, res: Tensor | None, post: Tensor | None, y: Tensor | None, y_bias: Tensor | None, seed: Tensor | None,
-    p: float, w: Tensor | Part | None, out: Tensor, sums: Tensor | Part | None,
-) -> None:  # fmt: skip
-    """`mix_project_kernel`: mixes if y is given, projects if w is."""
+def mix_project_step(s: Sizes, mixes: bool, projects: bool, biased: bool, drops: bool, p: float) -> Step:
+    """`mix_project_kernel` on x, y, y_bias, seed, res, post, w -> out, sums; names that it does not need may be missing."""
     config = configs.mix_project(s.n, s.c, s.bf16)
-    # A pointer that is not used may be any.
-    tensors = (x, _or(y, x), _or(y_bias, x), _or(seed, x), _or(res, x), _or(post, x), _or(w, x), out, _or(sums, x))
+    arrays = ("x", "y", "y_bias", "seed", "res", "post", "w" if projects else "x", "out" if mixes else "x")
     meta = (
-        s.n, s.padded_streams, s.c, s.rows, s.padded_rows,
-        y is not None, w is not None, y_bias is not None, seed is not None, s.bf16, s.dot32,
+        s.n, s.padded_streams, s.c, s.rows, s.padded_rows, mixes, projects, biased, drops, s.bf16, s.dot32,
         config.SWAP and not s.dot32, config.BM, config.BC, config.SPLIT, config.V, config.STAGES,
     )  # fmt: skip
-    _mix_project(cdiv(s.t, config.BM) * config.SPLIT, tensors, (s.t, p), meta, config.warps)
+    grid = (cdiv(s.t, config.BM) * config.SPLIT, 1, 1)
+    return Step(forward.mix_project_kernel, grid, (*arrays, "sums" if projects else "x"), (s.t, p), meta, config.warps)
 
 
-def launch_project(s: Sizes, x: Tensor, w: Part, sums: Part) -> None:
-    """`project_kernel`."""
-    config = configs.project(s.n, s.c, s.bf16)
-    meta = (
-        s.n * s.c, s.rows, s.padded_rows, s.bf16, s.dot32, config.BM, config.BC, config.SPLIT, config.V, config.STAGES,
-    )  # fmt: skip
-    _project(cdiv(s.t, config.BM) * config.SPLIT, (x, w, sums), (s.t,), meta, config.warps)
+def stream_backward_step(
+    s: Sizes, g: bool, aggregates: bool, mixes: bool, projects: bool, biased: bool, drops: bool, accumulates: bool, p: float,
+    counts: tuple[int, int, int] = (0, 0, 0),
+) -> Step:  # fmt: skip
+    """`stream_backward_kernel`. counts: of totals, pre_totals, partials, if it projects.
 
-
-class Partials(NamedTuple):
-    """Partial sums of the parameters' gradients, and where their totals go (added to what is there, if accumulates)."""
-
-    totals: Part
-    pre_totals: Part
-    phi: Part
-    dalpha: Tensor
-    dbias: Tensor
-    dphi: Tensor
-    accumulates: bool
-
-
-def launch_stream_backward(
-    s: Sizes, g: Tensor | None, du: Tensor | None, x: Tensor, y: Tensor | None, y_bias: Tensor | None,
-    seed: Tensor | None, p: float, res: Tensor | None, post: Tensor | None, pre: Tensor | None,
-    da: Part | None, factor: Part | None, w: Part | None,
-    out: tuple[Tensor, Tensor | None, Tensor | None, Tensor | None], partials: Partials | None,
-) -> None:  # fmt: skip
-    """`stream_backward_kernel`: through the mix if y is given, the aggregation if du is, the projection if da is.
-
-    out: dx, dy, dres, dpost.
+    g, aggregates, mixes, projects: through what the gradient comes: later streams, u, x', phi.
     """
-    dx, dy, dres, dpost = out
     config = configs.stream_backward(s.n, s.c, s.bf16)
-    sums, accumulates = ((x,) * 6, False) if partials is None else (partials[:6], partials.accumulates)
-    counts = (0, 0, 0) if partials is None else tuple(t.shape[0] for t in partials[:3])
-    tensors = (
-        _or(g, x), _or(du, x), x, _or(y, x), _or(y_bias, x), _or(seed, x), _or(res, x), _or(post, x), _or(pre, x),
-        _or(da, x), _or(factor, x), _or(w, x), dx, _or(dy, x), _or(dres, x), _or(dpost, x), *sums,
-    )  # fmt: skip
+    if projects:
+        own = ("da", "factor", "w_back")
+        sums = ("totals", "pre_totals", "partials", "dalpha", "dbias", "dphi")
+    else:
+        own, sums = ("x",) * 3, ("x",) * 6
+    g_name = "back" if projects and s.wide else "g"
+    outputs = ("dx", "dy", "dres", "dpost") if mixes else ("dx", "x", "x", "x")
+    pre = "pre" if aggregates else "x"
+    arrays = (g_name, "du", "x", "y", "y_bias", "seed", "res", "post", pre, *own, *outputs, *sums)
     meta = (
         s.n, s.padded_streams, s.c, s.rows, s.padded_rows, s.padded_totals, s.padded_pre,
-        y is not None, du is not None, da is not None, g is not None,
-        y_bias is not None, seed is not None, s.bf16, s.dot32, accumulates,
+        mixes, aggregates, projects, g or g_name == "back", biased, drops, s.bf16, s.dot32, accumulates,
         config.BM, config.BC, config.V, config.STAGES, configs.REDUCE_BLOCK,
     )  # fmt: skip
     programs = cdiv(s.t, config.BM)
-    if partials is not None:
+    if projects:
         programs += 1 + cdiv(s.rows * s.n * s.c, configs.REDUCE_BLOCK)
-    _stream_backward(programs, tensors, (s.t, *counts, p), meta, config.warps)
-
-
-def _or(tensor: Tensor | Part | None, other: Tensor) -> Tensor | Part:
-    return other if tensor is None else tensor
+    return Step(backward.stream_backward_kernel, (programs, 1, 1), arrays, (s.t, *counts, p), meta, config.warps)
 
 
 def _fake_mix(
     x: Tensor, res: Tensor, post: Tensor, y: Tensor, y_bias: Tensor | None, seed: Tensor | None, p: float
 ) -> Tensor:
     return torch.empty_like(x)
+
+
+_MIX = ("x", "res", "post", "y", "y_bias", "seed")
+
+
+@plans
+def _mix_plan(s: Sizes, biased: bool, drops: bool, p: float) -> Plan:
+    return Plan((*_MIX, "out"), [mix_project_step(s, True, False, biased, drops, p)])
 
 
 @operator(
@@ -109,7 +81,8 @@ def mix(
     out = torch.empty_like(x)
     s = sizes(x, post.shape[-1])
     if s.t:
-        launch_mix_project(s, x, res, post, y, y_bias, seed, p, None, out, None)
+        plan = _mix_plan(s, y_bias is not None, seed is not None, p)
+        plan.run(x, res, post, y, x if y_bias is None else y_bias, x if seed is None else seed, out)
     return out
 
 
@@ -117,6 +90,12 @@ def _fake_mix_backward(
     g: Tensor, x: Tensor, res: Tensor, post: Tensor, y: Tensor, y_bias: Tensor | None, seed: Tensor | None, p: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return torch.empty_like(x), torch.empty_like(y), torch.empty_like(res), torch.empty_like(post)
+
+
+@plans
+def _mix_backward_plan(s: Sizes, biased: bool, drops: bool, p: float) -> Plan:
+    tensors = (*_MIX, "g", "du", "dx", "dy", "dres", "dpost")
+    return Plan(tensors, [stream_backward_step(s, True, False, True, False, biased, drops, False, p)])
 
 
 @operator(
@@ -131,12 +110,22 @@ def mix_backward(
     out = torch.empty_like(x), torch.empty_like(y), torch.empty_like(res), torch.empty_like(post)
     s = sizes(x, post.shape[-1])
     if s.t:
-        launch_stream_backward(s, g, None, x, y, y_bias, seed, p, res, post, None, None, None, None, out, None)
+        plan = _mix_backward_plan(s, y_bias is not None, seed is not None, p)
+        plan.run(x, res, post, y, x if y_bias is None else y_bias, x if seed is None else seed, g, x, *out)
     return out
 
 
 def _u_shape(x: Tensor, n: int) -> tuple[int, ...]:
     return (*x.shape[:-1], x.shape[-1] // n)
+
+
+@plans
+def _aggregate_plan(s: Sizes) -> Plan:
+    config = configs.aggregate(s.n, s.c, s.bf16)
+    meta = (s.n, s.c, config.BM, config.BC, config.STAGES)
+    arrays = ("x", "pre", "u")
+    grid = (cdiv(s.t, config.BM), 1, 1)
+    return Plan(arrays, [Step(forward.aggregate_kernel, grid, arrays, (s.t,), meta, config.warps)])
 
 
 @operator("aggregate(Tensor x, Tensor pre) -> Tensor", lambda x, pre: x.new_empty(_u_shape(x, pre.shape[-1])))
@@ -145,11 +134,17 @@ def aggregate(x: Tensor, pre: Tensor) -> Tensor:
     s = sizes(x, pre.shape[-1])
     u = x.new_empty(_u_shape(x, s.n))
     if s.t:
-        config = configs.aggregate(s.n, s.c, s.bf16)
-        _aggregate(
-            cdiv(s.t, config.BM), (x, pre, u), (s.t,), (s.n, s.c, config.BM, config.BC, config.STAGES), config.warps
-        )
+        _aggregate_plan(s).run(x, pre, u)
     return u
+
+
+@plans
+def _aggregate_backward_plan(s: Sizes) -> Plan:
+    config = configs.aggregate(s.n, s.c, s.bf16)
+    meta = (s.n, s.c, config.BM, config.BC, config.V, config.STAGES)
+    arrays = ("du", "x", "pre", "dx", "dpre")
+    grid = (cdiv(s.t, config.BM), 1, 1)
+    return Plan(arrays, [Step(backward.aggregate_backward_kernel, grid, arrays, (s.t,), meta, config.warps)])
 
 
 @operator(
@@ -161,10 +156,17 @@ def aggregate_backward(du: Tensor, x: Tensor, pre: Tensor) -> tuple[Tensor, Tens
     s = sizes(x, pre.shape[-1])
     dx, dpre = torch.empty_like(x), torch.empty_like(pre)
     if s.t:
-        config = configs.aggregate(s.n, s.c, s.bf16)
-        meta = (s.n, s.c, config.BM, config.BC, config.V, config.STAGES)
-        _aggregate_backward(cdiv(s.t, config.BM), (du, x, pre, dx, dpre), (s.t,), meta, config.warps)
+        _aggregate_backward_plan(s).run(du, x, pre, dx, dpre)
     return dx, dpre
+
+
+@plans
+def _sinkhorn_plan(t: int, n: int, dtype: torch.dtype, iterations: int, eps: float, differentiates: bool) -> Plan:
+    block = (configs.token_block_backward if differentiates else configs.token_block)(n)
+    arrays = ("logits", "dres", "dlogits") if differentiates else ("logits", "res")
+    kernel = backward.sinkhorn_backward_kernel if differentiates else forward.sinkhorn_kernel
+    meta = (n, next_power_of_2(n), iterations, eps, block)
+    return Plan(arrays, [Step(kernel, (cdiv(t, block), 1, 1), arrays, (t,), meta, 4)])
 
 
 @operator(
@@ -176,8 +178,7 @@ def sinkhorn(logits: Tensor, iterations: int, eps: float) -> Tensor:
     res = logits.new_empty(logits.shape, dtype=torch.float32)
     t, n = logits.shape[:-2].numel(), logits.shape[-1]
     if t:
-        block = configs.token_block(n)
-        _sinkhorn(cdiv(t, block), (logits, res), (t,), (n, next_power_of_2(n), iterations, eps, block), 4)
+        _sinkhorn_plan(t, n, logits.dtype, iterations, eps, False).run(logits, res)
     return res
 
 
@@ -190,7 +191,5 @@ def sinkhorn_backward(dres: Tensor, logits: Tensor, iterations: int, eps: float)
     dlogits = torch.empty_like(logits)
     t, n = logits.shape[:-2].numel(), logits.shape[-1]
     if t:
-        block = configs.token_block(n)
-        meta = (n, next_power_of_2(n), iterations, eps, block)
-        _sinkhorn_backward(cdiv(t, block), (logits, dres, dlogits), (t,), meta, 4)
+        _sinkhorn_plan(t, n, logits.dtype, iterations, eps, True).run(logits, dres, dlogits)
     return dlogits
