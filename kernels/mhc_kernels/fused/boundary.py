@@ -72,15 +72,15 @@ def _forward_plan(
     steps = [Step(pack.pack_kernel, (cdiv(c, block), 1, 1), ("phi", "w", "w_back"), (s.rows,), meta, 4)]
 
     if s.wide:
-        split = configs.project(s.n, s.c, s.bf16).SPLIT
+        split = configs.project(s).SPLIT
         if mixes:
             steps.append(mix_project_step(s, True, False, biased, drops, p))
         steps.append(_project_step(s, out))
     else:
-        split = configs.mix_project(s.n, s.c, s.bf16).SPLIT
+        split = configs.mix_project(s).SPLIT
         steps.append(mix_project_step(s, mixes, True, biased, drops, p))
 
-    config, block = configs.aggregate(s.n, s.c, s.bf16), configs.token_block(s.n)
+    config, block = configs.aggregate(s), configs.token_block(s.n)
     programs = cdiv(s.t, block)
     grid = (programs + (cdiv(s.t, config.BM) if aggregates else 0), 1, 1)
     arrays = ("sums", out, "alpha", "bias", "u", "pre", "post_out", "res_out", "saved")
@@ -99,7 +99,7 @@ def _forward_plan(
 
 
 def _project_step(s: Sizes, out: str) -> Step:
-    config = configs.project(s.n, s.c, s.bf16)
+    config = configs.project(s)
     grid = (cdiv(s.t, config.BM) * config.SPLIT, 1, 1)
     meta = (
         s.n * s.c, s.rows, s.padded_rows, s.bf16, s.dot32, config.BM, config.BC, config.SPLIT, config.V, config.STAGES,
@@ -180,7 +180,7 @@ def _backward_plan(
     s: Sizes, g: bool, aggregates: bool, mixes: bool, biased: bool, drops: bool, accumulates: bool, p: float,
     iterations: int, eps_sinkhorn: float, hc: bool,
 ) -> Plan:  # fmt: skip
-    config, block = configs.mapping_backward(s.n, s.c, s.bf16), configs.token_block_backward(s.n)
+    config, block = configs.mapping_backward(s), configs.token_block_backward(s.n)
     maps, rows = cdiv(s.t, block), cdiv(s.t, config.BM) if aggregates else 0
     arrays: tuple[str, ...] = (
         "du", "out", "dpre", "dpost_out", "dres_out", "saved", "alpha", "bias", "da", "factor", "totals", "pre_totals",
@@ -192,7 +192,7 @@ def _backward_plan(
     mapping = Step(backward.mapping_backward_kernel, (maps + rows, 1, 1), arrays, (s.t, maps), meta, config.warps)
 
     k = s.n * s.c
-    columns = configs.phi_backward(s.n, s.c, s.bf16)
+    columns = configs.phi_backward(s)
     length = cdiv(cdiv(s.t, columns.PARTS), columns.BM) * columns.BM
     parts = cdiv(s.t, length)
     arrays = ("da", "out", "partials", "factor", "w_back", "g", "back")

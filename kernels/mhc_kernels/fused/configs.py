@@ -1,6 +1,9 @@
-"""Block sizes of every kernel, by n, C and dtype: fixed, so that the first call does not tune and every run has the same bits.
+"""Block sizes of every kernel, by n, C, dtype and shared memory: fixed, so that the first call does not tune and every run
+has the same bits.
 
-Chosen on an H200 (sm_90) in bf16 with n = 4 and 2, and roughly for 8; see kernels/README.md. Every architecture gets them.
+Chosen on an H200 (sm_90) in bf16 with n = 4, 2 and 8, see kernels/README.md; A100 (sm_80) and later data-centre GPUs take the
+same ones where their shared memory holds them. The others are for GPUs with less of it, and not measured: that
+they compile for sm_80 and sm_86 is all that is known.
 """
 
 from __future__ import annotations
@@ -8,14 +11,26 @@ from __future__ import annotations
 from functools import cache
 from typing import NamedTuple
 
+import torch
 from triton import next_power_of_2
 
 from mhc_kernels.fused.launch import INTERPRET
-from mhc_kernels.fused.library import cdiv
+from mhc_kernels.fused.library import Sizes, cdiv
+
+
+@cache
+def _shared_memory(device: int) -> int:
+    """Bytes that one program may have; an H200's where there is no GPU (fake tensors, the interpreter)."""
+    if device < 0 or not torch.cuda.is_available():
+        return 232448
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
 
 
 class Rows(NamedTuple):
-    """BM tokens by BC channels a tile, V neighbours summed in a thread, SPLIT programs share a row; SWAP: phi x^T for x phi^T."""
+    """BM tokens by BC channels a tile, V neighbours summed in a thread, SPLIT programs share a row; SWAP: phi x^T for x phi^T.
+
+    shared: bytes of shared memory that it takes at most, where that may be too much.
+    """
 
     BM: int
     BC: int
@@ -24,58 +39,54 @@ class Rows(NamedTuple):
     STAGES: int
     warps: int
     SWAP: bool = False
+    shared: int = 0
 
 
-def _fit(config: Rows, c: int) -> Rows:
+def _fit(s: Sizes, c: int, *candidates: Rows) -> Rows:
+    """The first one for which there is shared memory, for rows of c channels."""
+    memory = _shared_memory(s.device)
+    config = next((candidate for candidate in candidates if candidate.shared <= memory), candidates[-1])
     if INTERPRET:  # cost follows the number of operations: few, big tiles
         config = Rows(64, 256, 8, 2, 1, 4)
     bc = min(config.BC, max(16, next_power_of_2(c)))
-    split = max(1, min(config.SPLIT, c // bc))
-    return config._replace(BC=bc, SPLIT=split)
+    return config._replace(BC=bc, SPLIT=max(1, min(config.SPLIT, c // bc)))
 
 
-@cache
-def mix_project(n: int, c: int, bf16: bool) -> Rows:
+def mix_project(s: Sizes) -> Rows:
     """Configuration of `mix_project_kernel`."""
-    if not bf16:
-        return _fit(Rows(32, 32, 8, 2, 2, 8) if n <= 4 else Rows(8, 64, 8, 1, 2, 4), c)
-    if n > 4:  # the mix alone
-        return _fit(Rows(4, 256, 8, 1, 3, 4), c)
-    if n <= 2:
-        return _fit(Rows(64, 128, 8, 2, 3, 8, SWAP=True), c)
-    return _fit(Rows(64, 64, 8, 2, 3, 8), c)
+    if s.wide:  # the mix alone
+        return _fit(s, s.c, Rows(4, 256, 8, 1, 3, 4) if s.bf16 else Rows(8, 64, 8, 1, 2, 4))
+    if not s.bf16:
+        return _fit(s, s.c, Rows(32, 32, 8, 2, 2, 8))
+    if s.n <= 2:
+        large, small = Rows(64, 128, 8, 2, 3, 8, True, 180224), Rows(64, 64, 8, 2, 2, 8, True)
+        return _fit(s, s.c, large, small)
+    large, middle, small = Rows(64, 64, 8, 2, 3, 8), Rows(64, 64, 8, 2, 2, 8), Rows(64, 32, 8, 2, 2, 8)
+    return _fit(s, s.c, large._replace(shared=188416), middle._replace(shared=114688), small)
 
 
-@cache
-def project(n: int, c: int, bf16: bool) -> Rows:
+def project(s: Sizes) -> Rows:
     """Configuration of `project_kernel`; BC columns of the n*C."""
-    return _fit(Rows(128, 64, 8, 2, 4, 8) if bf16 else Rows(32, 32, 8, 2, 2, 8), n * c)
+    if not s.bf16:
+        return _fit(s, s.n * s.c, Rows(32, 32, 8, 2, 2, 8))
+    return _fit(s, s.n * s.c, Rows(128, 64, 8, 2, 4, 8, shared=180224), Rows(128, 64, 8, 2, 2, 8))
 
 
-@cache
-def aggregate(n: int, c: int, bf16: bool) -> Rows:
+def aggregate(s: Sizes) -> Rows:
     """Configuration of `map_aggregate_kernel` and the kernels of `aggregate`."""
-    if n > 4 or not bf16:
-        return _fit(Rows(4, 256, 8, 1, 2, 4), c)
-    return _fit(Rows(4, 512, 8, 1, 3, 4), c)
+    return _fit(s, s.c, Rows(4, 256, 8, 1, 2, 4) if s.wide or not s.bf16 else Rows(4, 512, 8, 1, 3, 4))
 
 
-@cache
-def stream_backward(n: int, c: int, bf16: bool) -> Rows:
+def stream_backward(s: Sizes) -> Rows:
     """Configuration of `stream_backward_kernel`."""
-    if not bf16:
-        return _fit(Rows(16, 32, 8, 1, 2, 4), c)
-    if n > 4:
-        return _fit(Rows(2, 64, 4, 1, 3, 1), c)
-    return _fit(Rows(16, 64, 4, 1, 3, 4), c)
+    if not s.bf16:
+        return _fit(s, s.c, Rows(16, 32, 8, 1, 2, 4))
+    return _fit(s, s.c, Rows(2, 64, 4, 1, 3, 1) if s.wide else Rows(16, 64, 4, 1, 3, 4))
 
 
-@cache
-def mapping_backward(n: int, c: int, bf16: bool) -> Rows:
+def mapping_backward(s: Sizes) -> Rows:
     """Configuration of `mapping_backward_kernel`."""
-    if n > 4 or not bf16:
-        return _fit(Rows(8, 128, 8, 1, 3, 4), c)
-    return _fit(Rows(16, 128, 8, 1, 3, 4), c)
+    return _fit(s, s.c, Rows(8, 128, 8, 1, 3, 4) if s.wide or not s.bf16 else Rows(16, 128, 8, 1, 3, 4))
 
 
 REDUCE_BLOCK = 8192 if INTERPRET else 2048  # elements of dphi a program adds up
@@ -110,18 +121,19 @@ class Columns(NamedTuple):
     warps: int
 
 
-@cache
-def phi_backward(n: int, c: int, bf16: bool) -> Columns:
-    """Configuration of `phi_backward_kernel`: as many parts as are resident at once on 132 multiprocessors."""
-    config = Columns(64, 128, 1, 3, 4)
-    resident = 264
-    if not bf16:
-        config = Columns(32, 64, 1, 2, 4)
-    elif n > 4:
-        config, resident = Columns(64, 128, 1, 3, 8), 640
+def phi_backward(s: Sizes) -> Columns:
+    """Configuration of `phi_backward_kernel`: as many parts as fill 132 multiprocessors evenly."""
+    k = s.n * s.c
+    programs = 264
     if INTERPRET:
-        return Columns(64, min(256, max(16, next_power_of_2(n * c))), 2, 1, 4)
-    blocks = cdiv(n * c, config.BK)
-    return config._replace(
-        BK=min(config.BK, max(16, next_power_of_2(n * c))), PARTS=max(1, min(16, resident // blocks))
-    )
+        return Columns(64, min(256, max(16, next_power_of_2(k))), 2, 1, 4)
+    if not s.bf16:
+        config = Columns(32, 64, 1, 2, 4)
+    elif not s.wide:
+        config = Columns(64, 128, 1, 3, 4)
+    elif _shared_memory(s.device) >= 165376:
+        config, programs = Columns(64, 128, 1, 3, 8), 640
+    else:
+        config, programs = Columns(64, 64, 1, 2, 8), 1280
+    parts = max(1, min(16, programs // cdiv(k, config.BK)))
+    return config._replace(BK=min(config.BK, max(16, next_power_of_2(k))), PARTS=parts)

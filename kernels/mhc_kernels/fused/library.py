@@ -56,17 +56,17 @@ _PLAIN = {Tensor, torch.nn.Parameter, type(None), float, int, bool}  # no tensor
 class Sizes:
     """Sizes of one call on streams x ``[..., n*C]`` (`sizes`).
 
-    t: tokens; rows: R = n*n + 2n projected values; padded_rows: RP, a power of two > R (one more column holds the sum of
-    squares); padded_streams: P, a power of two >= n; padded_totals, padded_pre: RT, NT, for rows + 3 and n + 1 sums;
-    width: columns of phi in the products, bf16 hi | lo or float32; dot32: whether those are float32 products.
+    t: tokens; device: the GPU's index, -1 for the CPU; rows: R = n*n + 2n projected values; padded_rows: RP, a power of two
+    > R (one more column holds the sum of squares); padded_streams: P, a power of two >= n; padded_totals, padded_pre: RT, NT,
+    for rows + 3 and n + 1 sums; width: columns of phi in the products, bf16 hi | lo or float32; dot32: whether those are float32 products.
 
     wide: n > 4. The projection and its backward are then not in the kernels that mix: there are too many coefficients a
     token. packed: (n, P, C) of phi as `pack_kernel` takes it: whole rows if wide. da_width: columns of da, the gradient of
     the projected values; bf16 hi | lo, but hi alone if wide. kept: float32 numbers that a forward leaves for its backward.
     """
 
-    def __init__(self, t: int, c: int, n: int, dtype: torch.dtype):
-        self.t, self.c, self.n = t, c, n
+    def __init__(self, t: int, c: int, n: int, dtype: torch.dtype, device: int):
+        self.t, self.c, self.n, self.device = t, c, n, device
         self.rows = n * n + 2 * n
         self.padded_rows = max(16 if n == 1 else 32, next_power_of_2(self.rows + 1))
         self.padded_streams = next_power_of_2(n)
@@ -90,4 +90,4 @@ _sizes = functools.lru_cache(1024)(Sizes)
 def sizes(x: Tensor, n: int) -> Sizes:
     """`Sizes` of streams x ``[..., n*C]``."""
     width = x.shape[-1]
-    return _sizes(x.numel() // width, width // n, n, x.dtype)
+    return _sizes(x.numel() // width, width // n, n, x.dtype, x.get_device())

@@ -18,7 +18,7 @@ plans = lru_cache(4096)
 
 def mix_project_step(s: Sizes, mixes: bool, projects: bool, biased: bool, drops: bool, p: float) -> Step:
     """`mix_project_kernel` on x, y, y_bias, seed, res, post, w -> out, sums; names that it does not need may be missing."""
-    config = configs.mix_project(s.n, s.c, s.bf16)
+    config = configs.mix_project(s)
     arrays = ("x", "y", "y_bias", "seed", "res", "post", "w" if projects else "x", "out" if mixes else "x")
     meta = (
         s.n, s.padded_streams, s.c, s.rows, s.padded_rows, mixes, projects, biased, drops, s.bf16, s.dot32,
@@ -36,7 +36,7 @@ def stream_backward_step(
 
     g, aggregates, mixes, projects: through what the gradient comes: later streams, u, x', phi.
     """
-    config = configs.stream_backward(s.n, s.c, s.bf16)
+    config = configs.stream_backward(s)
     if projects:
         own = ("da", "factor", "w_back")
         sums = ("totals", "pre_totals", "partials", "dalpha", "dbias", "dphi")
@@ -121,7 +121,7 @@ def _u_shape(x: Tensor, n: int) -> tuple[int, ...]:
 
 @plans
 def _aggregate_plan(s: Sizes) -> Plan:
-    config = configs.aggregate(s.n, s.c, s.bf16)
+    config = configs.aggregate(s)
     meta = (s.n, s.c, config.BM, config.BC, config.STAGES)
     arrays = ("x", "pre", "u")
     grid = (cdiv(s.t, config.BM), 1, 1)
@@ -140,7 +140,7 @@ def aggregate(x: Tensor, pre: Tensor) -> Tensor:
 
 @plans
 def _aggregate_backward_plan(s: Sizes) -> Plan:
-    config = configs.aggregate(s.n, s.c, s.bf16)
+    config = configs.aggregate(s)
     meta = (s.n, s.c, config.BM, config.BC, config.V, config.STAGES)
     arrays = ("du", "x", "pre", "dx", "dpre")
     grid = (cdiv(s.t, config.BM), 1, 1)
