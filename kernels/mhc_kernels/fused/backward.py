@@ -25,7 +25,7 @@ def _store_da(da_ptr, at, k, value, exists, RP: tl.constexpr, NW: tl.constexpr):
     """da [T, NW]: bf16 hi | lo if NW = 2 * RP, else one term in the array's dtype."""
     hi = value.to(da_ptr.dtype.element_ty)
     tl.store(da_ptr + at * NW + k, hi, mask=exists)
-    if NW > RP:
+    if NW == 2 * RP:
         tl.store(da_ptr + at * NW + RP + k, (value - hi.to(tl.float32)).to(tl.bfloat16), mask=exists)
 
 
@@ -45,44 +45,41 @@ def mapping_backward_kernel(
     """Gradients of the projected values (da), and factor [T, 3, 4]: x's factor from the RMS, a term
     each from H_res, H_post and H_pre at [:, :, 0].
 
-    The first MAPS programs: BS tokens each, H_post and H_res from dpost [T, N] and dres [T, N*N]; H_pre from
-    dpre [T, N] as well, unless AGGREGATE: then the programs after them take dH_pre of BM tokens each from du [T, C] and
-    x [T, N, C].
+    MAPS programs: BS tokens each, H_post and H_res from dpost [T, N] and dres [T, N*N]; H_pre from dpre [T, N] as well,
+    unless AGGREGATE: then the other programs take dH_pre of BM tokens each from du [T, C] and x [T, N, C].
 
     totals [MAPS, RT]: sums over the program's tokens for dbias (R), then dalpha (3); pre_totals [programs, NT]: dbias
     (N), dalpha (1).
     """
-    if tl.program_id(0) < MAPS:
+    if N > 4:
+        program, maps = tiles.take_turns(MAPS)
+    else:
+        maps = tl.program_id(0) < MAPS
+        program = tl.where(maps, tl.program_id(0), tl.program_id(0) - MAPS)
+    if maps:
         _maps_backward(
             dpre_ptr, dpost_ptr, dres_ptr, saved_ptr, alpha_ptr, bias_ptr, da_ptr, factor_ptr, totals_ptr, T,
-            tl.program_id(0),
+            program,
             N, P, C, R, RP, RT, ITERATIONS, HC, EPS, AGGREGATE, NW, BS,
         )  # fmt: skip
     else:
         _aggregate_backward(
             du_ptr, x_ptr, saved_ptr, alpha_ptr, bias_ptr, da_ptr, factor_ptr, pre_totals_ptr, T,
-            tl.program_id(0) - MAPS,
+            program,
             N, C, R, RP, NT, HC, NW, BM, BC, V, STAGES,
         )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["T", "RANGE"])
 def phi_backward_kernel(
-    da_ptr, x_ptr, partials_ptr, factor_ptr, w_ptr, g_ptr, back_ptr, T, RANGE,
-    K: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, NW: tl.constexpr, DOT32: tl.constexpr,
-    BACK: tl.constexpr, G: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
+    da_ptr, x_ptr, partials_ptr, T, RANGE,
+    K: tl.constexpr, RP: tl.constexpr, NW: tl.constexpr, DOT32: tl.constexpr,
+    BM: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """partials [parts, RP, K]: ``da^T x`` over RANGE tokens (a multiple of BM) each; x [T, K], da [T, NW].
-
-    With BACK also back [T, K]: ``g + da phi + factor x``, for many streams; g [T, K] (0 unless G), factor [T, 3, 4] and
-    w [RP, K] as in `stream_backward_kernel`, NW = RP.
-    """
+    """partials [parts, RP, K]: ``da^T x`` over RANGE tokens (a multiple of BM) each; x [T, K], da [T, NW]."""
     columns = tl.program_id(0) * BK + tl.arange(0, BK)
     inside = (columns < K)[None, :]
     rn = tl.arange(0, NW)
-    if BACK:
-        used = (rn < R)[None, :]
-        w = tiles.load_rows(w_ptr, rn, K, columns, inside, K % BK == 0)
     acc = tl.zeros((NW, BK), tl.float32)
     first = tl.program_id(1) * RANGE
     for t in tl.range(first, tl.minimum(first + RANGE, T), BM, num_stages=STAGES):
@@ -93,26 +90,73 @@ def phi_backward_kernel(
             x = tl.load(x_ptr + at * K + columns[None, :], mask=exists, other=0.0)
         else:
             x = tl.load(x_ptr + at * K + columns[None, :], mask=exists & inside, other=0.0)
-        if BACK:
-            da = tl.load(da_ptr + at * NW + rn[None, :], mask=exists & used, other=0.0)
-        else:
-            da = tl.load(da_ptr + at * NW + rn[None, :], mask=exists, other=0.0)
-        if DOT32:
-            acc = tl.dot(tl.trans(da.to(tl.float32)), x.to(tl.float32), acc, input_precision="tf32x3")
-        else:
-            acc = tl.dot(tl.trans(da), x, acc)
-        if BACK:
-            factor = _factor(factor_ptr + tl.minimum(at, T - 1) * 12)
-            back = _times_phi(da, w, DOT32) + factor * x.to(tl.float32)
-            if G:
-                g = tl.load(g_ptr + at * K + columns[None, :], mask=exists & inside, other=0.0)
-                back += g.to(tl.float32)
-            tiles.store(back_ptr + at * K + columns[None, :], back, rows < T, inside, K % BK == 0)
+        da = tl.load(da_ptr + at * NW + rn[None, :], mask=exists, other=0.0)
+        acc = _outer(da, x, acc, DOT32)
     if NW > RP:
         acc = tl.sum(tl.reshape(acc, (2, RP, BK)), axis=0)
     r = tl.arange(0, RP)
     out = partials_ptr + (tl.program_id(1).to(tl.int64) * RP + r[:, None]) * K + columns[None, :]
     tl.store(out, acc, mask=inside)
+
+
+@triton.jit
+def _load_piece(da_ptr, rows, columns, exists, R: tl.constexpr, NW: tl.constexpr, ALL: tl.constexpr):
+    if ALL:
+        da = tl.load(da_ptr + rows * NW + columns[None, :], mask=exists, other=0.0)
+    else:
+        da = tl.load(da_ptr + rows * NW + columns[None, :], mask=exists & (columns < R)[None, :], other=0.0)
+    return da
+
+
+@triton.jit
+def _outer(da, x, acc, DOT32: tl.constexpr):
+    """``acc + da^T x``."""
+    if DOT32:
+        acc = tl.dot(tl.trans(da.to(tl.float32)), x.to(tl.float32), acc, input_precision="tf32x3")
+    else:
+        acc = tl.dot(tl.trans(da), x, acc)
+    return acc
+
+
+@triton.jit(do_not_specialize=["T", "RANGE"])
+def phi_streams_backward_kernel(
+    da_ptr, x_ptr, partials_ptr, factor_ptr, w_ptr, g_ptr, back_ptr, T, RANGE,
+    K: tl.constexpr, R: tl.constexpr, NW1: tl.constexpr, NW2: tl.constexpr, DOT32: tl.constexpr, G: tl.constexpr,
+    BM: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """As `phi_backward_kernel`, for many streams: also back [T, K], ``g + da phi + factor x``, while x is here.
+
+    g [T, K] (0 unless G), factor [T, 3, 4] and w [rows, K] as in `stream_backward_kernel`; da [T, NW1 + NW2] and partials
+    [parts, NW1 + NW2, K] in two pieces, as R is not near a power of two (n = 8: 64 + 16).
+    """
+    columns = tl.program_id(0) * BK + tl.arange(0, BK)
+    inside = (columns < K)[None, :]
+    EVEN: tl.constexpr = K % BK == 0
+    NW: tl.constexpr = NW1 + NW2
+    r1 = tl.arange(0, NW1)
+    r2 = NW1 + tl.arange(0, NW2)
+    w1 = tiles.load_rows(w_ptr, r1, K, columns, inside & (r1 < R)[:, None], EVEN and NW1 <= R)
+    w2 = tiles.load_rows(w_ptr, r2, K, columns, inside & (r2 < R)[:, None], EVEN and NW <= R)
+    acc1 = tl.zeros((NW1, BK), tl.float32)
+    acc2 = tl.zeros((NW2, BK), tl.float32)
+    first = tl.program_id(1) * RANGE
+    for t in tl.range(first, tl.minimum(first + RANGE, T), BM, num_stages=STAGES):
+        rows = t + tl.arange(0, BM)
+        at = rows.to(tl.int64)[:, None]
+        exists = (rows < T)[:, None]
+        x = tl.load(x_ptr + at * K + columns[None, :], mask=exists & inside, other=0.0)
+        da1 = _load_piece(da_ptr, at, r1, exists, R, NW, NW1 <= R)
+        da2 = _load_piece(da_ptr, at, r2, exists, R, NW, NW <= R)
+        acc1 = _outer(da1, x, acc1, DOT32)
+        acc2 = _outer(da2, x, acc2, DOT32)
+        back = _times_phi(da2, w2, _times_phi(da1, w1, None, DOT32), DOT32)
+        back += _factor(factor_ptr + tl.minimum(at, T - 1) * 12) * x.to(tl.float32)
+        if G:
+            back += tl.load(g_ptr + at * K + columns[None, :], mask=exists & inside, other=0.0).to(tl.float32)
+        tiles.store(back_ptr + at * K + columns[None, :], back, rows < T, inside, EVEN)
+    out = partials_ptr + tl.program_id(1).to(tl.int64) * NW * K + columns[None, :]
+    tl.store(out + r1[:, None] * K, acc1, mask=inside)
+    tl.store(out + r2[:, None] * K, acc2, mask=inside)
 
 
 @triton.jit
@@ -235,18 +279,18 @@ def stream_backward_kernel(
     dx_ptr, dy_ptr, dres_ptr, dpost_ptr,
     totals_ptr, pre_totals_ptr, partials_ptr, dalpha_ptr, dbias_ptr, dphi_ptr, T, TOTALS, PRE_TOTALS, PARTS, p_drop,
     N: tl.constexpr, P: tl.constexpr, C: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, RT: tl.constexpr, NT: tl.constexpr,
-    MIX: tl.constexpr, AGGREGATE: tl.constexpr, PROJECT: tl.constexpr, G: tl.constexpr,
+    PR: tl.constexpr, MIX: tl.constexpr, AGGREGATE: tl.constexpr, PROJECT: tl.constexpr, G: tl.constexpr,
     BIAS: tl.constexpr, DROPOUT: tl.constexpr, BF16: tl.constexpr, DOT32: tl.constexpr, ACCUMULATE: tl.constexpr,
     BM: tl.constexpr, BC: tl.constexpr, V: tl.constexpr, STAGES: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
     """Gradients of the streams and of the sublayer's output, BM tokens a program.
 
     g [T, N, C] from downstream (0 unless G); du [T, C] and pre [T, N] if AGGREGATE; da, factor [T, 3, 4] and w
-    (`pack_kernel`'s backward array) if PROJECT; for N > 4, g is back of `phi_backward_kernel`.
+    (`pack_kernel`'s backward array) if PROJECT; for N > 4, g is back of `phi_streams_backward_kernel`.
     With MIX: dx [T, N, C], dy [T, C], dres [T, N*N], dpost [T, N]; without: dx alone (x is x').
 
     With PROJECT the first programs add up the parameters' partial sums (to what is there, if ACCUMULATE: Megatron's
-    main_grad): dalpha [3] and dbias [R]; dphi [R, N*C], BR elements each.
+    main_grad): dalpha [3] and dbias [R]; dphi [R, N*C], BR elements each, from partials [PARTS, PR, N*C].
     """
     if PROJECT:
         REDUCE: tl.constexpr = 1 + (R * N * C + BR - 1) // BR
@@ -255,7 +299,7 @@ def stream_backward_kernel(
                 totals_ptr, pre_totals_ptr, dalpha_ptr, dbias_ptr, TOTALS, PRE_TOTALS, N, R, RT, NT, ACCUMULATE
             )
         elif tl.program_id(0) < REDUCE:
-            _reduce_phi(partials_ptr, dphi_ptr, PARTS, tl.program_id(0) - 1, N * C, R, RP, ACCUMULATE, BR)
+            _reduce_phi(partials_ptr, dphi_ptr, PARTS, tl.program_id(0) - 1, N * C, R, PR, ACCUMULATE, BR)
         else:
             _stream_backward(
                 g_ptr, du_ptr, x_ptr, y_ptr, y_bias_ptr, seed_ptr, res_ptr, post_ptr, pre_ptr, da_ptr, factor_ptr, w_ptr,
@@ -276,11 +320,12 @@ def _factor(pointers):
 
 
 @triton.jit
-def _times_phi(da, w, DOT32: tl.constexpr):
+def _times_phi(da, w, acc, DOT32: tl.constexpr):
+    """``acc + da w``; acc may be None."""
     if DOT32:
-        back = tl.dot(da.to(tl.float32), w.to(tl.float32), input_precision="tf32x3")
+        back = tl.dot(da.to(tl.float32), w.to(tl.float32), acc, input_precision="tf32x3")
     else:
-        back = tl.dot(da, w)
+        back = tl.dot(da, w, acc)
     return back
 
 
@@ -341,10 +386,10 @@ def _stream_backward(
                 back = ()
                 for i in tl.static_range(N):
                     w = tiles.load_rows(w_ptr + i * C, rn, C * P, columns, mask, EVEN)
-                    back = back + (_times_phi(da, w, DOT32),)
+                    back = back + (_times_phi(da, w, None, DOT32),)
             else:
                 w = tiles.load_rows(w_ptr, rn, C * P, c * P + rk, (c * P + rk < C * P)[None, :], EVEN)
-                back = tiles.separate(_times_phi(da, w, DOT32), N, BM, BC)
+                back = tiles.separate(_times_phi(da, w, None, DOT32), N, BM, BC)
             new = ()
             for i in tl.static_range(N):
                 new = new + (g[i] + factor * out[i] + back[i],)
@@ -375,7 +420,7 @@ def _stream_backward(
 @triton.jit
 def _reduce_phi(
     partials_ptr, dphi_ptr, PARTS, program,
-    K: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, ACCUMULATE: tl.constexpr, BR: tl.constexpr,
+    K: tl.constexpr, R: tl.constexpr, PR: tl.constexpr, ACCUMULATE: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
     k = program * BR + tl.arange(0, BR)
     inside = k < R * K
@@ -383,7 +428,7 @@ def _reduce_phi(
     at = partials_ptr + k
     for _ in tl.range(0, PARTS):
         total += tl.load(at, mask=inside, other=0.0)
-        at += RP * K
+        at += PR * K
     _deliver(total, dphi_ptr + k, inside, ACCUMULATE)
 
 

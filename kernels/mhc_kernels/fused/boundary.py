@@ -68,41 +68,44 @@ def _forward_plan(
     n, padded, c = s.packed
     out = "out" if mixes else "x"
     block = configs.pack(s.padded_rows, padded, c)
-    meta: tuple = (c, n, padded, s.padded_rows, block, s.bf16)
+    meta: tuple = (c, n, padded, s.padded_rows, s.width, s.low, block, s.bf16)
     steps = [Step(pack.pack_kernel, (cdiv(c, block), 1, 1), ("phi", "w", "w_back"), (s.rows,), meta, 4)]
 
+    split = square_parts = configs.mix_project(s).SPLIT
     if s.wide:
         split = configs.project(s).SPLIT
         if mixes:
-            steps.append(mix_project_step(s, True, False, biased, drops, p))
-        steps.append(_project_step(s, out))
+            steps.append(mix_project_step(s, True, False, True, biased, drops, p))
+        else:
+            square_parts = split
+        steps.append(_project_step(s, out, squares=not mixes))
     else:
-        split = configs.mix_project(s).SPLIT
-        steps.append(mix_project_step(s, mixes, True, biased, drops, p))
+        steps.append(mix_project_step(s, mixes, True, True, biased, drops, p))
 
     config, block = configs.aggregate(s), configs.token_block(s.n)
     programs = cdiv(s.t, block)
     grid = (programs + (cdiv(s.t, config.BM) if aggregates else 0), 1, 1)
     arrays = ("sums", out, "alpha", "bias", "u", "pre", "post_out", "res_out", "saved")
     meta = (
-        s.n, s.padded_streams, s.c, s.rows, s.padded_rows, split, iterations, hc, eps_sinkhorn,
-        block, config.BM, config.BC, config.STAGES,
+        s.n, s.padded_streams, s.c, s.rows, s.padded_rows, s.sums_width, s.sums_low, split, square_parts,
+        iterations, hc, eps_sinkhorn, block, config.BM, config.BC, config.STAGES,
     )  # fmt: skip
     steps.append(Step(forward.map_aggregate_kernel, grid, arrays, (s.t, programs, eps), meta, config.warps))
 
     scratch = divide(
         "scratch",
-        sums=((split, s.t, s.padded_rows), torch.float32),
+        sums=((max(split, square_parts), s.t, s.sums_width), torch.float32),
         w=((padded * c, s.width), s.product_dtype),
     )
     return Plan(_FORWARD, steps, {**_kept(s), **scratch})
 
 
-def _project_step(s: Sizes, out: str) -> Step:
+def _project_step(s: Sizes, out: str, squares: bool) -> Step:
     config = configs.project(s)
     grid = (cdiv(s.t, config.BM) * config.SPLIT, 1, 1)
     meta = (
-        s.n * s.c, s.rows, s.padded_rows, s.bf16, s.dot32, config.BM, config.BC, config.SPLIT, config.V, config.STAGES,
+        s.n * s.c, s.low + s.rows if s.bf16 else s.rows, *s.widths, s.sums_width, s.sums_low + s.rows if squares else 0, s.dot32,
+        config.BM, config.BC, config.SPLIT, config.V, config.STAGES,
     )  # fmt: skip
     return Step(forward.project_kernel, grid, (out, "w", "sums"), (s.t,), meta, config.warps)
 
@@ -195,18 +198,21 @@ def _backward_plan(
     columns = configs.phi_backward(s)
     length = cdiv(cdiv(s.t, columns.PARTS), columns.BM) * columns.BM
     parts = cdiv(s.t, length)
-    arrays = ("da", "out", "partials", "factor", "w_back", "g", "back")
-    meta = (
-        k, s.rows, s.padded_rows, s.da_width, s.dot32, s.wide, s.wide and g, columns.BM, columns.BK, columns.STAGES,
-    )  # fmt: skip
     grid = (cdiv(k, columns.BK), parts, 1)
-    phi = Step(backward.phi_backward_kernel, grid, arrays, (s.t, length), meta, columns.warps)
+    blocks = (columns.BM, columns.BK, columns.STAGES)
+    if s.wide:
+        arrays = ("da", "out", "partials", "factor", "w_back", "g", "back")
+        meta = (k, s.rows, *s.da_widths, s.dot32, g, *blocks)
+        phi = Step(backward.phi_streams_backward_kernel, grid, arrays, (s.t, length), meta, columns.warps)
+    else:
+        meta = (k, s.padded_rows, s.da_width, s.dot32, *blocks)
+        phi = Step(backward.phi_backward_kernel, grid, ("da", "out", "partials"), (s.t, length), meta, columns.warps)
 
     counts = (maps, rows, parts)
     streams = stream_backward_step(s, g, aggregates, mixes, True, biased, drops, accumulates, p, counts)
     scratch = divide(
         "scratch",
-        partials=((parts, s.padded_rows, k), torch.float32),
+        partials=((parts, s.partial_rows, k), torch.float32),
         da=((s.t, s.da_width), s.product_dtype),
         factor=((s.t, 3, 4), torch.float32),
         totals=((maps, s.padded_totals), torch.float32),

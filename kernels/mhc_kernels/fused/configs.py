@@ -69,12 +69,12 @@ def project(s: Sizes) -> Rows:
     """Configuration of `project_kernel`; BC columns of the n*C."""
     if not s.bf16:
         return _fit(s, s.n * s.c, Rows(32, 32, 8, 2, 2, 8))
-    return _fit(s, s.n * s.c, Rows(128, 64, 8, 2, 4, 8, shared=180224), Rows(128, 64, 8, 2, 2, 8))
+    return _fit(s, s.n * s.c, Rows(128, 64, 8, 2, 4, 8, shared=172032), Rows(128, 64, 8, 2, 2, 8))
 
 
 def aggregate(s: Sizes) -> Rows:
     """Configuration of `map_aggregate_kernel` and the kernels of `aggregate`."""
-    return _fit(s, s.c, Rows(4, 256, 8, 1, 2, 4) if s.wide or not s.bf16 else Rows(4, 512, 8, 1, 3, 4))
+    return _fit(s, s.c, Rows(4, 256, 8, 1, 3 if s.bf16 else 2, 4) if s.wide or not s.bf16 else Rows(4, 512, 8, 1, 3, 4))
 
 
 def stream_backward(s: Sizes) -> Rows:
@@ -131,9 +131,7 @@ def phi_backward(s: Sizes) -> Columns:
         config = Columns(32, 64, 1, 2, 4)
     elif not s.wide:
         config = Columns(64, 128, 1, 3, 4)
-    elif _shared_memory(s.device) >= 165376:
-        config, programs = Columns(64, 128, 1, 3, 8), 640
     else:
-        config, programs = Columns(64, 64, 1, 2, 8), 1280
+        config, programs = Columns(64, 64, 1, 3, 4), 1280
     parts = max(1, min(16, programs // cdiv(k, config.BK)))
     return config._replace(BK=min(config.BK, max(16, next_power_of_2(k))), PARTS=parts)

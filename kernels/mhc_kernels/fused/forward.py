@@ -18,10 +18,11 @@ def mix_project_kernel(
     x_ptr, y_ptr, y_bias_ptr, seed_ptr, res_ptr, post_ptr, w_ptr, out_ptr, sums_ptr, T, p_drop,
     N: tl.constexpr, P: tl.constexpr, C: tl.constexpr, R: tl.constexpr, RP: tl.constexpr,
     MIX: tl.constexpr, PROJECT: tl.constexpr, BIAS: tl.constexpr, DROPOUT: tl.constexpr, BF16: tl.constexpr, DOT32: tl.constexpr,
+    SP: tl.constexpr, SQUARES: tl.constexpr,
     SWAP: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr, SPLIT: tl.constexpr, V: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """x [T, N, C], y [T, C], res [T, N*N], post [T, N] -> out [T, N, C]; sums [SPLIT, T, RP]: out @ phi, and in column
-    R sum(out^2).
+    """x [T, N, C], y [T, C], res [T, N*N], post [T, N] -> out [T, N, C]; sums [SPLIT, T, SP]: with PROJECT out @ phi (SP =
+    RP), and in column SQUARES (if not 0) sum(out^2).
 
     Without MIX, out is x and not written. w is `pack_kernel`'s forward array: bf16 hi | lo if BF16, else float32.
     """
@@ -58,8 +59,9 @@ def mix_project_kernel(
                 o = mixed[i].to(out_ptr.dtype.element_ty)
                 tiles.store(out_ptr + at_x + i * C, o, exists, mask, EVEN)
                 x = x + (o.to(tl.float32),)
-        if PROJECT:
+        if SQUARES > 0:
             squares += tiles.partial(_sum_of_squares(x, N), BM, BC, V)
+        if PROJECT:
             w = tiles.load_rows(w_ptr, c * P + rk, NW, rw, (c * P + rk < C * P)[:, None], EVEN)
             a = tiles.interleave(x, N, BM, BC)
             if DOT32:
@@ -71,48 +73,62 @@ def mix_project_kernel(
     if PROJECT:
         if SWAP:
             acc = tl.trans(acc)
-        _store_sums(sums_ptr, acc, squares, part * T + at, exists, R, RP, BF16, BM)
-
-
-@triton.jit
-def _store_sums(
-    sums_ptr, acc, squares, at, exists, R: tl.constexpr, RP: tl.constexpr, BF16: tl.constexpr, BM: tl.constexpr
-):
-    if BF16:
-        acc = tl.sum(tl.reshape(acc, (BM, 2, RP)), axis=1)
-    r = tl.arange(0, RP)
-    acc = tl.where(r[None, :] == R, tl.sum(squares, 1)[:, None], acc)
-    tl.store(sums_ptr + at[:, None] * RP + r[None, :], acc, mask=exists[:, None])
+        if BF16:
+            acc = tl.sum(tl.reshape(acc, (BM, 2, RP)), axis=1)
+        r = tl.arange(0, RP)
+        acc = tl.where(r[None, :] == SQUARES, tl.sum(squares, 1)[:, None], acc)
+        tl.store(sums_ptr + (part * T + at)[:, None] * SP + r[None, :], acc, mask=exists[:, None])
+    elif SQUARES > 0:
+        tl.store(sums_ptr + (part * T + at) * SP + SQUARES, tl.sum(squares, 1), mask=exists)
 
 
 @triton.jit(do_not_specialize=["T"])
 def project_kernel(
     x_ptr, w_ptr, sums_ptr, T,
-    K: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, BF16: tl.constexpr, DOT32: tl.constexpr,
-    BM: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr, V: tl.constexpr, STAGES: tl.constexpr,
+    K: tl.constexpr, USED: tl.constexpr, NW1: tl.constexpr, NW2: tl.constexpr, SP: tl.constexpr, SQUARES: tl.constexpr,
+    DOT32: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr, V: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """The projection alone, for many streams: x [T, K], w [K, 2*RP] (hi | lo; [K, RP] float32) -> sums, as above."""
+    """The projection alone, for many streams: x [T, K], w [K, NW1 + NW2], USED columns of it -> sums [SPLIT, T, SP]: x @ w,
+    and in column SQUARES (if not 0) sum(x^2).
+
+    hi and lo are not added up here. Two products, as the number of columns is not near a power of two (n = 8: 160).
+    """
     part = tl.program_id(0) % SPLIT
     rows = (tl.program_id(0) // SPLIT) * BM + tl.arange(0, BM)
     exists = rows < T
     at = tl.minimum(rows, T - 1).to(tl.int64)
-    NW: tl.constexpr = 2 * RP if BF16 else RP
+    NW: tl.constexpr = NW1 + NW2
     EVEN: tl.constexpr = K % (BK * SPLIT) == 0
-    rw = tl.arange(0, NW)
-    used = (rw % RP < R)[None, :]  # what pads R to RP need not come from the cache
-    acc = tl.zeros((BM, NW), tl.float32)
+    r1 = tl.arange(0, NW1)
+    acc1 = tl.zeros((BM, NW1), tl.float32)
+    if NW2 > 0:
+        r2 = NW1 + tl.arange(0, NW2)
+        acc2 = tl.zeros((BM, NW2), tl.float32)
     squares = tl.zeros((BM, BK // V), tl.float32)
     for k0 in tl.range(0, K, BK * SPLIT, num_stages=STAGES):
         k = k0 + part * BK + tl.arange(0, BK)
+        inside = (k < K)[:, None]
         x = tiles.load_rows(x_ptr, at, K, k, (k < K)[None, :], EVEN)
-        w = tiles.load_rows(w_ptr, k, NW, rw, used & (k < K)[:, None], False)
         x32 = x.to(tl.float32)
-        squares += tiles.partial(x32 * x32, BM, BK, V)
+        if SQUARES > 0:
+            squares += tiles.partial(x32 * x32, BM, BK, V)
+        w = tiles.load_rows(w_ptr, k, NW, r1, inside & (r1 < USED)[None, :], EVEN and NW1 <= USED)
         if DOT32:
-            acc = tl.dot(x32, w.to(tl.float32), acc, input_precision="tf32x3")
+            acc1 = tl.dot(x32, w.to(tl.float32), acc1, input_precision="tf32x3")
         else:
-            acc = tl.dot(x, w, acc)
-    _store_sums(sums_ptr, acc, squares, part * T + at, exists, R, RP, BF16, BM)
+            acc1 = tl.dot(x, w, acc1)
+        if NW2 > 0:
+            w = tiles.load_rows(w_ptr, k, NW, r2, inside & (r2 < USED)[None, :], EVEN and NW <= USED)
+            if DOT32:
+                acc2 = tl.dot(x32, w.to(tl.float32), acc2, input_precision="tf32x3")
+            else:
+                acc2 = tl.dot(x, w, acc2)
+    sums = sums_ptr + (part * T + at)[:, None] * SP
+    tl.store(sums + r1[None, :], acc1, mask=exists[:, None] & (r1 < USED)[None, :])
+    if NW2 > 0:
+        tl.store(sums + r2[None, :], acc2, mask=exists[:, None] & (r2 < USED)[None, :])
+    if SQUARES > 0:
+        tl.store(sums_ptr + (part * T + at) * SP + SQUARES, tl.sum(squares, 1), mask=exists)
 
 
 @triton.jit
@@ -124,73 +140,100 @@ def _sum_of_squares(x, N: tl.constexpr):
 
 
 @triton.jit
-def _projected(pointers, step, SPLIT: tl.constexpr):
-    """Projected values: the partial sums of all splits, in order."""
+def _projected(pointers, step, LOW: tl.constexpr, SPLIT: tl.constexpr):
+    """Projected values: the partial sums of all splits, in order; with those of phi's low terms, if they are LOW further."""
     total = tl.load(pointers)
     for s in tl.static_range(1, SPLIT):
         total += tl.load(pointers + s * step)
+    if LOW > 0:
+        for s in tl.static_range(SPLIT):
+            total += tl.load(pointers + s * step + LOW)
     return total
 
 
 @triton.jit
-def _projected_where(pointers, step, mask, SPLIT: tl.constexpr):
+def _projected_where(pointers, step, mask, LOW: tl.constexpr, SPLIT: tl.constexpr):
     total = tl.load(pointers, mask=mask, other=0.0)
     for s in tl.static_range(1, SPLIT):
         total += tl.load(pointers + s * step, mask=mask, other=0.0)
+    if LOW > 0:
+        for s in tl.static_range(SPLIT):
+            total += tl.load(pointers + s * step + LOW, mask=mask, other=0.0)
     return total
 
 
 @triton.jit
-def _rms_factor(pointers, step, eps, N: tl.constexpr, C: tl.constexpr, SPLIT: tl.constexpr):
-    return tl.rsqrt(_projected(pointers, step, SPLIT) / (N * C) + eps)
+def _rms_factor(pointers, step, eps, N: tl.constexpr, C: tl.constexpr, PARTS: tl.constexpr):
+    return tl.rsqrt(_projected(pointers, step, 0, PARTS) / (N * C) + eps)
 
 
 @triton.jit(do_not_specialize=["T", "PROGRAMS"])
 def map_aggregate_kernel(
     sums_ptr, x_ptr, alpha_ptr, bias_ptr, u_ptr, pre_ptr, post_ptr, res_ptr, saved_ptr, T, PROGRAMS, eps,
-    N: tl.constexpr, P: tl.constexpr, C: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, SPLIT: tl.constexpr,
-    ITERATIONS: tl.constexpr, HC: tl.constexpr, EPS: tl.constexpr,
+    N: tl.constexpr, P: tl.constexpr, C: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, SP: tl.constexpr, LOW: tl.constexpr,
+    SPLIT: tl.constexpr, PARTS: tl.constexpr, ITERATIONS: tl.constexpr, HC: tl.constexpr, EPS: tl.constexpr,
     BS: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Mappings of the streams x [T, N, C] from their projection, and u [T, C].
+    """Mappings of the streams x [T, N, C] from their projection sums [SPLIT, T, SP], and u [T, C].
 
     Programs [0, PROGRAMS) compute pre [T, N], post [T, N], res [T, N*N] and saved [T, RP] (projected values, and r in
-    column R) for BS tokens each; the programs after them u for BM tokens each. EPS > 0: profile deepseek-v4.
+    column R) for BS tokens each; the programs after them u for BM tokens each. EPS > 0: profile deepseek-v4. PARTS: of the
+    sum of squares.
     """
-    if tl.program_id(0) < PROGRAMS:
+    program = tl.program_id(0)
+    if program < PROGRAMS:
         _map(
-            sums_ptr, alpha_ptr, bias_ptr, pre_ptr, post_ptr, res_ptr, saved_ptr, T, eps,
-            N, P, C, R, RP, SPLIT, ITERATIONS, HC, EPS, BS,
+            sums_ptr, alpha_ptr, bias_ptr, pre_ptr, post_ptr, res_ptr, saved_ptr, T, program, eps,
+            N, P, C, R, RP, SP, LOW, SPLIT, PARTS, ITERATIONS, HC, EPS, BS,
         )  # fmt: skip
     else:
-        first = (tl.program_id(0) - PROGRAMS) * BM
+        first = (program - PROGRAMS) * BM
         _project_aggregate(
-            sums_ptr, x_ptr, alpha_ptr, bias_ptr, u_ptr, T, first, eps, N, C, R, RP, SPLIT, HC, EPS, BM, BC, STAGES
+            sums_ptr,
+            x_ptr,
+            alpha_ptr,
+            bias_ptr,
+            u_ptr,
+            T,
+            first,
+            eps,
+            N,
+            C,
+            R,
+            SP,
+            LOW,
+            SPLIT,
+            PARTS,
+            HC,
+            EPS,
+            BM,
+            BC,
+            STAGES,
         )
 
 
 @triton.jit
 def _map(
-    sums_ptr, alpha_ptr, bias_ptr, pre_ptr, post_ptr, res_ptr, saved_ptr, T, eps,
-    N: tl.constexpr, P: tl.constexpr, C: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, SPLIT: tl.constexpr,
-    ITERATIONS: tl.constexpr, HC: tl.constexpr, EPS: tl.constexpr, BS: tl.constexpr,
+    sums_ptr, alpha_ptr, bias_ptr, pre_ptr, post_ptr, res_ptr, saved_ptr, T, program, eps,
+    N: tl.constexpr, P: tl.constexpr, C: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, SP: tl.constexpr, LOW: tl.constexpr,
+    SPLIT: tl.constexpr, PARTS: tl.constexpr, ITERATIONS: tl.constexpr, HC: tl.constexpr, EPS: tl.constexpr, BS: tl.constexpr,
 ):  # fmt: skip
-    rows = tl.program_id(0) * BS + tl.arange(0, BS)
+    rows = program * BS + tl.arange(0, BS)
     exists = rows < T
     at = tl.minimum(rows, T - 1).to(tl.int64)
-    step = T.to(tl.int64) * RP
-    r = _rms_factor(sums_ptr + at * RP + R, step, eps, N, C, SPLIT)
+    step = T.to(tl.int64) * SP
+    r = _rms_factor(sums_ptr + at * SP + R + LOW, step, eps, N, C, PARTS)
 
     k = tl.arange(0, RP)[None, :]
-    projected = _projected(sums_ptr + at[:, None] * RP + k, step, SPLIT)
+    projected = _projected_where(sums_ptr + at[:, None] * SP + k, step, k < R, LOW, SPLIT)
     tl.store(saved_ptr + at[:, None] * RP + k, tl.where(k == R, r[:, None], projected), mask=exists[:, None])
 
     k = tl.arange(0, P)[None, :]
     inside = exists[:, None] & (k < N)
-    a = _projected(sums_ptr + at[:, None] * RP + k, step, SPLIT)
+    a = _projected(sums_ptr + at[:, None] * SP + k, step, LOW, SPLIT)
     h = gate(a, tl.load(alpha_ptr), tl.load(bias_ptr + k, mask=k < N, other=0.0), r[:, None], 1.0, EPS, HC)
     tl.store(pre_ptr + at[:, None] * N + k, h, mask=inside)
-    a = _projected(sums_ptr + at[:, None] * RP + N + k, step, SPLIT)
+    a = _projected(sums_ptr + at[:, None] * SP + N + k, step, LOW, SPLIT)
     h = gate(a, tl.load(alpha_ptr + 1), tl.load(bias_ptr + N + k, mask=k < N, other=0.0), r[:, None], 2.0, 0.0, HC)
     tl.store(post_ptr + at[:, None] * N + k, h, mask=inside)
 
@@ -198,7 +241,7 @@ def _map(
     j = sinkhorn.column_index(P)
     known = (i < N) & (j < N)
     k = i * N + j
-    a = _projected_where(sums_ptr + at[:, None, None] * RP + 2 * N + k, step, known, SPLIT)
+    a = _projected_where(sums_ptr + at[:, None, None] * SP + 2 * N + k, step, known, LOW, SPLIT)
     b = tl.load(bias_ptr + 2 * N + k, mask=known, other=0.0)
     alpha = tl.load(alpha_ptr + 2)
     if HC:
@@ -211,18 +254,19 @@ def _map(
 @triton.jit
 def _project_aggregate(
     sums_ptr, x_ptr, alpha_ptr, bias_ptr, u_ptr, T, first, eps,
-    N: tl.constexpr, C: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, SPLIT: tl.constexpr, HC: tl.constexpr, EPS: tl.constexpr,
+    N: tl.constexpr, C: tl.constexpr, R: tl.constexpr, SP: tl.constexpr, LOW: tl.constexpr,
+    SPLIT: tl.constexpr, PARTS: tl.constexpr, HC: tl.constexpr, EPS: tl.constexpr,
     BM: tl.constexpr, BC: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    step = T.to(tl.int64) * RP
+    step = T.to(tl.int64) * SP
     rows = first + tl.arange(0, BM)
     exists = rows < T
     at = tl.minimum(rows, T - 1).to(tl.int64)
-    sums = sums_ptr + at * RP
-    r = _rms_factor(sums + R, step, eps, N, C, SPLIT)
+    sums = sums_ptr + at * SP
+    r = _rms_factor(sums + R + LOW, step, eps, N, C, PARTS)
     pre = ()
     for k in tl.static_range(N):
-        a = _projected(sums + k, step, SPLIT)
+        a = _projected(sums + k, step, LOW, SPLIT)
         pre = pre + (gate(a, tl.load(alpha_ptr), tl.load(bias_ptr + k), r, 1.0, EPS, HC)[:, None],)
     _aggregate(x_ptr, u_ptr, at, exists, pre, N, C, BC, STAGES)
 

@@ -56,13 +56,16 @@ _PLAIN = {Tensor, torch.nn.Parameter, type(None), float, int, bool}  # no tensor
 class Sizes:
     """Sizes of one call on streams x ``[..., n*C]`` (`sizes`).
 
-    t: tokens; device: the GPU's index, -1 for the CPU; rows: R = n*n + 2n projected values; padded_rows: RP, a power of two
-    > R (one more column holds the sum of squares); padded_streams: P, a power of two >= n; padded_totals, padded_pre: RT, NT,
-    for rows + 3 and n + 1 sums; width: columns of phi in the products, bf16 hi | lo or float32; dot32: whether those are float32 products.
-
-    wide: n > 4. The projection and its backward are then not in the kernels that mix: there are too many coefficients a
-    token. packed: (n, P, C) of phi as `pack_kernel` takes it: whole rows if wide. da_width: columns of da, the gradient of
-    the projected values; bf16 hi | lo, but hi alone if wide. kept: float32 numbers that a forward leaves for its backward.
+    - t: tokens; device: the GPU's index, -1 for the CPU; bf16: the streams' dtype; wide: n > 4.
+    - rows: R = n*n + 2n projected values; padded_rows: RP, a power of two > R (one more column holds the sum of squares);
+      padded_streams: P, a power of two >= n; padded_totals, padded_pre: RT, NT, for rows + 3 and n + 1 sums.
+    - dot32: products with phi in float32, else bf16; product_dtype: of what goes into them.
+    - packed: (n, P, C) of phi as `pack_kernel` takes it; whole rows if wide. widths: its columns in the forward's product, or
+      two of them (width: both), hi | lo if bf16; low: where lo starts.
+    - sums_width: columns of the projection's partial sums; sums_low: where lo's start, if they are not added to hi's.
+    - da_width: columns of da, the gradient of the projected values: bf16 hi | lo; hi alone if wide, in two pieces
+      (da_widths); partial_rows: rows of dphi's partial sums.
+    - kept: float32 numbers that a forward leaves for its backward.
     """
 
     def __init__(self, t: int, c: int, n: int, dtype: torch.dtype, device: int):
@@ -75,13 +78,23 @@ class Sizes:
         self.bf16 = dtype == torch.bfloat16
         # The interpreter keeps bf16 as uint16: there the same values are multiplied in float32.
         self.dot32 = not self.bf16 or INTERPRET
-        self.width = 2 * self.padded_rows if self.bf16 else self.padded_rows
         self.product_dtype = torch.bfloat16 if self.bf16 else torch.float32
         self.wide = n > 4
+        self.widths = (2 * self.padded_rows if self.bf16 else self.padded_rows, 0)
+        self.low, self.sums_width, self.sums_low = self.padded_rows, self.padded_rows, 0
+        if self.wide and self.bf16:
+            self.low = self.sums_low = self.rows
+            first = next_power_of_2(2 * self.rows + 1) // 2
+            self.widths = (first, max(16, next_power_of_2(2 * self.rows - first)) if 2 * self.rows > first else 0)
+            self.sums_width = 2 * self.rows + 32 - 2 * self.rows % 32
+        self.width = sum(self.widths)
         self.packed = (1, 1, n * c) if self.wide else (n, self.padded_streams, c)
         kept_phi = self.padded_rows * self.packed[1] * self.packed[2]
         self.kept = t * self.padded_rows + kept_phi * self.product_dtype.itemsize // 4
-        self.da_width = self.padded_rows if self.wide else self.width
+        first = next_power_of_2(self.rows + 1) // 2
+        self.da_widths = (first, max(16, next_power_of_2(self.rows - first)))
+        self.da_width = sum(self.da_widths) if self.wide else self.width
+        self.partial_rows = self.da_width if self.wide else self.padded_rows
 
 
 _sizes = functools.lru_cache(1024)(Sizes)

@@ -21,9 +21,13 @@ def stream_of(q, N: tl.constexpr):
 @triton.jit(do_not_specialize=["R"])
 def pack_kernel(
     phi_ptr, forward_ptr, backward_ptr, R,
-    C: tl.constexpr, N: tl.constexpr, P: tl.constexpr, RP: tl.constexpr, BC: tl.constexpr, BF16: tl.constexpr,
+    C: tl.constexpr, N: tl.constexpr, P: tl.constexpr, RP: tl.constexpr, NW: tl.constexpr, LOW: tl.constexpr,
+    BC: tl.constexpr, BF16: tl.constexpr,
 ):  # fmt: skip
-    """phi [R, N*C] -> forward [C*P, 2*RP] (hi | lo; [C*P, RP] float32 if not BF16) and backward [RP, C*P] (hi; float32)."""
+    """phi [R, N*C] -> forward [C*P, NW], backward [RP, C*P].
+
+    If BF16: forward is hi, and lo from column LOW; backward hi. Else both are float32 (NW = RP).
+    """
     k = tl.program_id(0) * (BC * P) + tl.arange(0, BC * P)
     c = k // P
     s = stream_of(k % P, N)
@@ -41,10 +45,14 @@ def pack_kernel(
     if BF16:
         hi = phi.to(tl.bfloat16)
         lo = (phi - hi.to(tl.float32)).to(tl.bfloat16)
-        w = forward_ptr + k[None, :] * (2 * RP) + r[:, None]
-        tl.store(w, hi, mask=inside)
-        tl.store(w + RP, lo, mask=inside)
+        w = forward_ptr + k[None, :] * NW + r[:, None]
+        if LOW < RP:  # then hi's padding would be lo's place; lo's is never read
+            inside_low = inside & (r[:, None] < R)
+        else:
+            inside_low = inside
+        tl.store(w, hi, mask=inside_low)
+        tl.store(w + LOW, lo, mask=inside_low)
         tl.store(backward_ptr + r[:, None] * (C * P) + b[None, :], hi, mask=inside)
     else:
-        tl.store(forward_ptr + k[None, :] * RP + r[:, None], phi, mask=inside)
+        tl.store(forward_ptr + k[None, :] * NW + r[:, None], phi, mask=inside)
         tl.store(backward_ptr + r[:, None] * (C * P) + b[None, :], phi, mask=inside)

@@ -16,16 +16,20 @@ plans = lru_cache(4096)
 """For the functions that make them: plans are kept by sizes and options, and every layer has the same."""
 
 
-def mix_project_step(s: Sizes, mixes: bool, projects: bool, biased: bool, drops: bool, p: float) -> Step:
-    """`mix_project_kernel` on x, y, y_bias, seed, res, post, w -> out, sums; names that it does not need may be missing."""
+def mix_project_step(s: Sizes, mixes: bool, projects: bool, squares: bool, biased: bool, drops: bool, p: float) -> Step:
+    """`mix_project_kernel` on x, y, y_bias, seed, res, post, w -> out, sums; names that it does not need may be missing.
+
+    squares: with the sum of squares of what it mixes (always if it projects).
+    """
     config = configs.mix_project(s)
     arrays = ("x", "y", "y_bias", "seed", "res", "post", "w" if projects else "x", "out" if mixes else "x")
     meta = (
         s.n, s.padded_streams, s.c, s.rows, s.padded_rows, mixes, projects, biased, drops, s.bf16, s.dot32,
+        s.sums_width, s.rows + s.sums_low if squares else 0,
         config.SWAP and not s.dot32, config.BM, config.BC, config.SPLIT, config.V, config.STAGES,
     )  # fmt: skip
     grid = (cdiv(s.t, config.BM) * config.SPLIT, 1, 1)
-    return Step(forward.mix_project_kernel, grid, (*arrays, "sums" if projects else "x"), (s.t, p), meta, config.warps)
+    return Step(forward.mix_project_kernel, grid, (*arrays, "sums" if squares else "x"), (s.t, p), meta, config.warps)
 
 
 def stream_backward_step(
@@ -47,7 +51,7 @@ def stream_backward_step(
     pre = "pre" if aggregates else "x"
     arrays = (g_name, "du", "x", "y", "y_bias", "seed", "res", "post", pre, *own, *outputs, *sums)
     meta = (
-        s.n, s.padded_streams, s.c, s.rows, s.padded_rows, s.padded_totals, s.padded_pre,
+        s.n, s.padded_streams, s.c, s.rows, s.padded_rows, s.padded_totals, s.padded_pre, s.partial_rows,
         mixes, aggregates, projects, g or g_name == "back", biased, drops, s.bf16, s.dot32, accumulates,
         config.BM, config.BC, config.V, config.STAGES, configs.REDUCE_BLOCK,
     )  # fmt: skip
@@ -68,7 +72,7 @@ _MIX = ("x", "res", "post", "y", "y_bias", "seed")
 
 @plans
 def _mix_plan(s: Sizes, biased: bool, drops: bool, p: float) -> Plan:
-    return Plan((*_MIX, "out"), [mix_project_step(s, True, False, biased, drops, p)])
+    return Plan((*_MIX, "out"), [mix_project_step(s, True, False, False, biased, drops, p)])
 
 
 @operator(

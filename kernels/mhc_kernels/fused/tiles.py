@@ -51,6 +51,20 @@ def load_rows(pointer, rows, step, columns, mask, EVEN: tl.constexpr):
 
 
 @triton.jit
+def take_turns(FIRST):
+    """This program's number among the FIRST programs of one kind or among the others, and whether it is of the one kind.
+
+    The two kinds are spread evenly over the grid: the one computes while the other waits for the memory. That pays where
+    there are many of both; where there are few of the first kind, they had better start first.
+    """
+    program = tl.program_id(0).to(tl.int64)
+    count = tl.num_programs(0)
+    before = program * FIRST // count
+    is_first = (program + 1) * FIRST // count > before
+    return tl.where(is_first, before, program - before).to(tl.int32), is_first
+
+
+@triton.jit
 def load_columns(pointers, COUNT: tl.constexpr):
     """COUNT neighbouring float32 values of each token, as ``[BM, 1]`` each."""
     values = ()
