@@ -9,7 +9,7 @@ they compile for sm_80 and sm_86 is all that is known.
 from __future__ import annotations
 
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from triton import next_power_of_2
@@ -23,7 +23,8 @@ def _shared_memory(device: int) -> int:
     """Bytes that one program may have; an H200's where there is no GPU (fake tensors, the interpreter)."""
     if device < 0 or not torch.cuda.is_available():
         return 232448
-    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+    properties: Any = torch.cuda.get_device_properties(device)  # PyTorch's stub lacks the attribute
+    return properties.shared_memory_per_block_optin
 
 
 class Rows(NamedTuple):
