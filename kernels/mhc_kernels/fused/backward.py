@@ -21,12 +21,12 @@ from mhc_kernels.fused.gates import gate_backward, logit_backward
 
 
 @triton.jit
-def _store_da(da_ptr, at, k, value, exists, RP: tl.constexpr, NW: tl.constexpr):
-    """da [T, NW]: bf16 hi | lo if NW = 2 * RP, else one term in the array's dtype."""
+def _store_da(da_ptr, at, k, value, exists, NW: tl.constexpr, LOW: tl.constexpr):
+    """da [T, NW]: bf16 hi, and lo from column LOW; one float32 term if LOW is 0."""
     hi = value.to(da_ptr.dtype.element_ty)
     tl.store(da_ptr + at * NW + k, hi, mask=exists)
-    if NW == 2 * RP:
-        tl.store(da_ptr + at * NW + RP + k, (value - hi.to(tl.float32)).to(tl.bfloat16), mask=exists)
+    if LOW > 0:
+        tl.store(da_ptr + at * NW + LOW + k, (value - hi.to(tl.float32)).to(tl.bfloat16), mask=exists)
 
 
 @triton.jit
@@ -40,7 +40,7 @@ def mapping_backward_kernel(
     da_ptr, factor_ptr, totals_ptr, pre_totals_ptr, T, MAPS,
     N: tl.constexpr, P: tl.constexpr, C: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, RT: tl.constexpr, NT: tl.constexpr,
     ITERATIONS: tl.constexpr, HC: tl.constexpr, EPS: tl.constexpr, AGGREGATE: tl.constexpr, NW: tl.constexpr,
-    BS: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr, V: tl.constexpr, STAGES: tl.constexpr,
+    LOW: tl.constexpr, BS: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr, V: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Gradients of the projected values (da), and factor [T, 3, 4]: x's factor from the RMS, a term
     each from H_res, H_post and H_pre at [:, :, 0].
@@ -60,13 +60,13 @@ def mapping_backward_kernel(
         _maps_backward(
             dpre_ptr, dpost_ptr, dres_ptr, saved_ptr, alpha_ptr, bias_ptr, da_ptr, factor_ptr, totals_ptr, T,
             program,
-            N, P, C, R, RP, RT, ITERATIONS, HC, EPS, AGGREGATE, NW, BS,
+            N, P, C, R, RP, RT, ITERATIONS, HC, EPS, AGGREGATE, NW, LOW, BS,
         )  # fmt: skip
     else:
         _aggregate_backward(
             du_ptr, x_ptr, saved_ptr, alpha_ptr, bias_ptr, da_ptr, factor_ptr, pre_totals_ptr, T,
             program,
-            N, C, R, RP, NT, HC, NW, BM, BC, V, STAGES,
+            N, C, R, RP, NT, HC, NW, LOW, BM, BC, V, STAGES,
         )  # fmt: skip
 
 
@@ -121,22 +121,22 @@ def _outer(da, x, acc, DOT32: tl.constexpr):
 @triton.jit(do_not_specialize=["T", "RANGE"])
 def phi_streams_backward_kernel(
     da_ptr, x_ptr, partials_ptr, factor_ptr, w_ptr, g_ptr, back_ptr, T, RANGE,
-    K: tl.constexpr, R: tl.constexpr, NW1: tl.constexpr, NW2: tl.constexpr, DOT32: tl.constexpr, G: tl.constexpr,
-    BM: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
+    K: tl.constexpr, R: tl.constexpr, NW1: tl.constexpr, NW2: tl.constexpr, NW: tl.constexpr, DOT32: tl.constexpr,
+    G: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """As `phi_backward_kernel`, for many streams: also back [T, K], ``g + da phi + factor x``, while x is here.
 
-    g [T, K] (0 unless G), factor [T, 3, 4] and w [rows, K] as in `stream_backward_kernel`; da [T, NW1 + NW2] and partials
-    [parts, NW1 + NW2, K] in two pieces, as R is not near a power of two (n = 8: 64 + 16).
+    g [T, K] (0 unless G), factor [T, 3, 4] and w [rows, K] as in `stream_backward_kernel`; da [T, NW] (NW1 + NW2, or
+    twice that for hi | lo) and partials [parts, NW1 + NW2, K] in two pieces, as R is not near a power of two (n = 8: 64 + 16).
     """
     columns = tl.program_id(0) * BK + tl.arange(0, BK)
     inside = (columns < K)[None, :]
     EVEN: tl.constexpr = K % BK == 0
-    NW: tl.constexpr = NW1 + NW2
+    PR: tl.constexpr = NW1 + NW2
     r1 = tl.arange(0, NW1)
     r2 = NW1 + tl.arange(0, NW2)
     w1 = tiles.load_rows(w_ptr, r1, K, columns, inside & (r1 < R)[:, None], EVEN and NW1 <= R)
-    w2 = tiles.load_rows(w_ptr, r2, K, columns, inside & (r2 < R)[:, None], EVEN and NW <= R)
+    w2 = tiles.load_rows(w_ptr, r2, K, columns, inside & (r2 < R)[:, None], EVEN and PR <= R)
     acc1 = tl.zeros((NW1, BK), tl.float32)
     acc2 = tl.zeros((NW2, BK), tl.float32)
     first = tl.program_id(1) * RANGE
@@ -146,15 +146,18 @@ def phi_streams_backward_kernel(
         exists = (rows < T)[:, None]
         x = tl.load(x_ptr + at * K + columns[None, :], mask=exists & inside, other=0.0)
         da1 = _load_piece(da_ptr, at, r1, exists, R, NW, NW1 <= R)
-        da2 = _load_piece(da_ptr, at, r2, exists, R, NW, NW <= R)
+        da2 = _load_piece(da_ptr, at, r2, exists, R, NW, PR <= R)
         acc1 = _outer(da1, x, acc1, DOT32)
         acc2 = _outer(da2, x, acc2, DOT32)
+        if NW > PR:
+            acc1 = _outer(_load_piece(da_ptr + PR, at, r1, exists, R, NW, NW1 <= R), x, acc1, DOT32)
+            acc2 = _outer(_load_piece(da_ptr + PR, at, r2, exists, R, NW, PR <= R), x, acc2, DOT32)
         back = _times_phi(da2, w2, _times_phi(da1, w1, None, DOT32), DOT32)
         back += _factor(factor_ptr + tl.minimum(at, T - 1) * 12) * x.to(tl.float32)
         if G:
             back += tl.load(g_ptr + at * K + columns[None, :], mask=exists & inside, other=0.0).to(tl.float32)
         tiles.store(back_ptr + at * K + columns[None, :], back, rows < T, inside, EVEN)
-    out = partials_ptr + tl.program_id(1).to(tl.int64) * NW * K + columns[None, :]
+    out = partials_ptr + tl.program_id(1).to(tl.int64) * PR * K + columns[None, :]
     tl.store(out + r1[:, None] * K, acc1, mask=inside)
     tl.store(out + r2[:, None] * K, acc2, mask=inside)
 
@@ -163,7 +166,8 @@ def phi_streams_backward_kernel(
 def _maps_backward(
     dpre_ptr, dpost_ptr, dres_ptr, saved_ptr, alpha_ptr, bias_ptr, da_ptr, factor_ptr, totals_ptr, T, program,
     N: tl.constexpr, P: tl.constexpr, C: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, RT: tl.constexpr,
-    ITERATIONS: tl.constexpr, HC: tl.constexpr, EPS: tl.constexpr, AGGREGATE: tl.constexpr, NW: tl.constexpr, BS: tl.constexpr,
+    ITERATIONS: tl.constexpr, HC: tl.constexpr, EPS: tl.constexpr, AGGREGATE: tl.constexpr, NW: tl.constexpr,
+    LOW: tl.constexpr, BS: tl.constexpr,
 ):  # fmt: skip
     # Sums are stored from the whole tile, by one of the elements that hold them: a tensor of the sums alone would change
     # layout through shared memory, several threads writing the same value to one place (a race, if a harmless one).
@@ -183,7 +187,7 @@ def _maps_backward(
         a = tl.load(saved_ptr + at * RP + k)
         b = tl.load(bias_ptr + k, mask=k < N, other=0.0)
         da, dr, dalpha, dbias = gate_backward(dh, a, tl.load(alpha_ptr), b, r, 1.0, HC)
-        _store_da(da_ptr, at, k, da, inside, RP, NW)
+        _store_da(da_ptr, at, k, da, inside, NW, LOW)
         tl.store(totals + k + 0 * rows, tl.sum(dbias, 0, keep_dims=True), mask=first & (k < N))
         tl.store(totals + R, tl.sum(tl.sum(dalpha, 1), 0))
         tl.store(
@@ -194,7 +198,7 @@ def _maps_backward(
     a = tl.load(saved_ptr + at * RP + N + k)
     b = tl.load(bias_ptr + N + k, mask=k < N, other=0.0)
     da, dr, dalpha, dbias = gate_backward(dh, a, tl.load(alpha_ptr + 1), b, r, 2.0, HC)
-    _store_da(da_ptr, at, N + k, da, inside, RP, NW)
+    _store_da(da_ptr, at, N + k, da, inside, NW, LOW)
     tl.store(totals + N + k + 0 * rows, tl.sum(dbias, 0, keep_dims=True), mask=first & (k < N))
     tl.store(totals + R + 1, tl.sum(tl.sum(dalpha, 1), 0))
     tl.store(
@@ -219,7 +223,7 @@ def _maps_backward(
     else:
         dl = sinkhorn.backward(alpha * (r * a) + b, dm, ITERATIONS, EPS, N, P)
         da, dr, dalpha, dbias = logit_backward(dl, a, alpha, r)
-    _store_da(da_ptr, at, 2 * N + k, da, inside, RP, NW)
+    _store_da(da_ptr, at, 2 * N + k, da, inside, NW, LOW)
     first = tl.arange(0, BS)[:, None, None] == 0
     tl.store(totals + 2 * N + k + 0 * rows, tl.sum(dbias, 0, keep_dims=True), mask=first & known)
     tl.store(totals + R + 2, tl.sum(tl.sum(tl.sum(dalpha, 2), 1), 0))
@@ -237,7 +241,7 @@ def _rms_backward(dr, r, N: tl.constexpr, C: tl.constexpr):
 def _aggregate_backward(
     du_ptr, x_ptr, saved_ptr, alpha_ptr, bias_ptr, da_ptr, factor_ptr, pre_totals_ptr, T, program,
     N: tl.constexpr, C: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, NT: tl.constexpr, HC: tl.constexpr, NW: tl.constexpr,
-    BM: tl.constexpr, BC: tl.constexpr, V: tl.constexpr, STAGES: tl.constexpr,
+    LOW: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr, V: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     rows = program * BM + tl.arange(0, BM)
     exists = rows < T
@@ -263,7 +267,7 @@ def _aggregate_backward(
         dh = tl.sum(dots[k], 1)
         da, dr_k, dalpha, dbias = gate_backward(dh, a, alpha, tl.load(bias_ptr + k), r, 1.0, HC)
         dr += dr_k
-        _store_da(da_ptr, at, k, da, exists, RP, NW)
+        _store_da(da_ptr, at, k, da, exists, NW, LOW)
         tl.store(totals + k, _total(dbias, exists))
         dalpha_sum += _total(dalpha, exists)
     tl.store(totals + N, dalpha_sum)

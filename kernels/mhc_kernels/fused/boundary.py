@@ -190,7 +190,8 @@ def _backward_plan(
     )  # fmt: skip
     meta: tuple = (
         s.n, s.padded_streams, s.c, s.rows, s.padded_rows, s.padded_totals, s.padded_pre,
-        iterations, hc, eps_sinkhorn, aggregates, s.da_width, block, config.BM, config.BC, config.V, config.STAGES,
+        iterations, hc, eps_sinkhorn, aggregates, s.da_width, s.da_low,
+        block, config.BM, config.BC, config.V, config.STAGES,
     )  # fmt: skip
     mapping = Step(backward.mapping_backward_kernel, (maps + rows, 1, 1), arrays, (s.t, maps), meta, config.warps)
 
@@ -202,7 +203,7 @@ def _backward_plan(
     blocks = (columns.BM, columns.BK, columns.STAGES)
     if s.wide:
         arrays = ("da", "out", "partials", "factor", "w_back", "g", "back")
-        meta = (k, s.rows, *s.da_widths, s.dot32, g, *blocks)
+        meta = (k, s.rows, *s.da_widths, s.da_width, s.dot32, g, *blocks)
         phi = Step(backward.phi_streams_backward_kernel, grid, arrays, (s.t, length), meta, columns.warps)
     else:
         meta = (k, s.padded_rows, s.da_width, s.dot32, *blocks)

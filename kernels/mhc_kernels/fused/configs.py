@@ -108,8 +108,8 @@ def token_block_backward(n: int) -> int:
 
 
 def pack(padded_rows: int, padded_streams: int, c: int) -> int:
-    """Channels a program of `pack_kernel`: tiles of 8192 elements at most."""
-    return min(next_power_of_2(c), 256 if INTERPRET else max(1, 8192 // (padded_rows * padded_streams)))
+    """Channels a program of `pack_kernel`: tiles of 2048 elements, to have enough programs."""
+    return min(next_power_of_2(c), 256 if INTERPRET else max(1, 2048 // (padded_rows * padded_streams)))
 
 
 class Columns(NamedTuple):

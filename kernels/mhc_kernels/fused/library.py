@@ -63,8 +63,8 @@ class Sizes:
     - packed: (n, P, C) of phi as `pack_kernel` takes it; whole rows if wide. widths: its columns in the forward's product, or
       two of them (width: both), hi | lo if bf16; low: where lo starts.
     - sums_width: columns of the projection's partial sums; sums_low: where lo's start, if they are not added to hi's.
-    - da_width: columns of da, the gradient of the projected values: bf16 hi | lo; hi alone if wide, in two pieces
-      (da_widths); partial_rows: rows of dphi's partial sums.
+    - da_width: columns of da, the gradient of the projected values: bf16 hi | lo, lo from da_low; in two pieces if wide
+      (da_widths). partial_rows: rows of dphi's partial sums.
     - kept: float32 numbers that a forward leaves for its backward.
     """
 
@@ -93,8 +93,9 @@ class Sizes:
         self.kept = t * self.padded_rows + kept_phi * self.product_dtype.itemsize // 4
         first = next_power_of_2(self.rows + 1) // 2
         self.da_widths = (first, max(16, next_power_of_2(self.rows - first)))
-        self.da_width = sum(self.da_widths) if self.wide else self.width
-        self.partial_rows = self.da_width if self.wide else self.padded_rows
+        self.partial_rows = sum(self.da_widths) if self.wide else self.padded_rows
+        self.da_low = self.partial_rows if self.bf16 else 0
+        self.da_width = self.partial_rows + self.da_low
 
 
 _sizes = functools.lru_cache(1024)(Sizes)
