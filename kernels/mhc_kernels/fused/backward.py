@@ -100,11 +100,11 @@ def phi_backward_kernel(
 
 
 @triton.jit
-def _load_piece(da_ptr, rows, columns, exists, R: tl.constexpr, NW: tl.constexpr, ALL: tl.constexpr):
+def _load_piece(pointers, exists, used, ALL: tl.constexpr):
     if ALL:
-        da = tl.load(da_ptr + rows * NW + columns[None, :], mask=exists, other=0.0)
+        da = tl.load(pointers, mask=exists, other=0.0)
     else:
-        da = tl.load(da_ptr + rows * NW + columns[None, :], mask=exists & (columns < R)[None, :], other=0.0)
+        da = tl.load(pointers, mask=exists & used[None, :], other=0.0)
     return da
 
 
@@ -133,25 +133,28 @@ def phi_streams_backward_kernel(
     inside = (columns < K)[None, :]
     EVEN: tl.constexpr = K % BK == 0
     PR: tl.constexpr = NW1 + NW2
+    TERMS: tl.constexpr = NW // PR
     r1 = tl.arange(0, NW1)
-    r2 = NW1 + tl.arange(0, NW2)
+    k2 = tl.arange(0, NW2 * TERMS)  # the small piece's two terms in one product
+    r2 = NW1 + k2 % NW2
+    at2 = r2 + k2 // NW2 * PR
     w1 = tiles.load_rows(w_ptr, r1, K, columns, inside & (r1 < R)[:, None], EVEN and NW1 <= R)
     w2 = tiles.load_rows(w_ptr, r2, K, columns, inside & (r2 < R)[:, None], EVEN and PR <= R)
     acc1 = tl.zeros((NW1, BK), tl.float32)
-    acc2 = tl.zeros((NW2, BK), tl.float32)
+    acc2 = tl.zeros((NW2 * TERMS, BK), tl.float32)
     first = tl.program_id(1) * RANGE
     for t in tl.range(first, tl.minimum(first + RANGE, T), BM, num_stages=STAGES):
         rows = t + tl.arange(0, BM)
         at = rows.to(tl.int64)[:, None]
         exists = (rows < T)[:, None]
         x = tl.load(x_ptr + at * K + columns[None, :], mask=exists & inside, other=0.0)
-        da1 = _load_piece(da_ptr, at, r1, exists, R, NW, NW1 <= R)
-        da2 = _load_piece(da_ptr, at, r2, exists, R, NW, PR <= R)
+        da1 = _load_piece(da_ptr + at * NW + r1[None, :], exists, r1 < R, NW1 <= R)
+        da2 = _load_piece(da_ptr + at * NW + at2[None, :], exists, r2 < R, PR <= R)
         acc1 = _outer(da1, x, acc1, DOT32)
         acc2 = _outer(da2, x, acc2, DOT32)
-        if NW > PR:
-            acc1 = _outer(_load_piece(da_ptr + PR, at, r1, exists, R, NW, NW1 <= R), x, acc1, DOT32)
-            acc2 = _outer(_load_piece(da_ptr + PR, at, r2, exists, R, NW, PR <= R), x, acc2, DOT32)
+        if TERMS == 2:
+            low = _load_piece(da_ptr + at * NW + PR + r1[None, :], exists, r1 < R, NW1 <= R)
+            acc1 = _outer(low, x, acc1, DOT32)
         back = _times_phi(da2, w2, _times_phi(da1, w1, None, DOT32), DOT32)
         back += _factor(factor_ptr + tl.minimum(at, T - 1) * 12) * x.to(tl.float32)
         if G:
@@ -159,6 +162,8 @@ def phi_streams_backward_kernel(
         tiles.store(back_ptr + at * K + columns[None, :], back, rows < T, inside, EVEN)
     out = partials_ptr + tl.program_id(1).to(tl.int64) * PR * K + columns[None, :]
     tl.store(out + r1[:, None] * K, acc1, mask=inside)
+    r2 = NW1 + tl.arange(0, NW2)
+    acc2 = tl.sum(tl.reshape(acc2, (TERMS, NW2, BK)), axis=0)
     tl.store(out + r2[:, None] * K, acc2, mask=inside)
 
 

@@ -82,7 +82,9 @@ def stream_backward(s: Sizes) -> Rows:
     """Configuration of `stream_backward_kernel`."""
     if not s.bf16:
         return _fit(s, s.c, Rows(16, 32, 8, 1, 2, 4))
-    return _fit(s, s.c, Rows(2, 64, 4, 1, 3, 1) if s.wide else Rows(16, 64, 4, 1, 3, 4))
+    if s.wide:
+        return _fit(s, s.c, Rows(2, 64, 4, 1, 3, 1))
+    return _fit(s, s.c, Rows(16, 64, 4 if s.n > 2 else 2, 1, 3, 4))
 
 
 def mapping_backward(s: Sizes) -> Rows:
@@ -133,6 +135,6 @@ def phi_backward(s: Sizes) -> Columns:
     elif not s.wide:
         config = Columns(64, 128, 1, 3, 4)
     else:
-        config, programs = Columns(64, 64, 1, 3, 4), 1280
+        config, programs = Columns(64, 64, 1, 3 if _shared_memory(s.device) >= 114688 else 2, 4), 1280
     parts = max(1, min(16, programs // cdiv(k, config.BK)))
     return config._replace(BK=min(config.BK, max(16, next_power_of_2(k))), PARTS=parts)
