@@ -124,7 +124,8 @@ def test_backends_have_the_same_loss_curve(
     drift = [abs(a - b) / b for a, b in zip(nudged, reference, strict=True)]
     print(
         f"\nlosses {triton[0]:.4f} -> {triton[-1]:.4f} (reference {reference[-1]:.4f}); relative distance: first "
-        f"{distance[0]:.1e}, largest {max(distance):.1e} (of the reference from a nudged start: {drift[0]:.1e}, {max(drift):.1e}); peak memory {triton_peak:.2f} GiB (reference {reference_peak:.2f})"
+        f"{distance[0]:.1e}, largest {max(distance):.1e} (of the reference from a nudged start: {drift[0]:.1e}, "
+        f"{max(drift):.1e}); peak memory {triton_peak:.2f} GiB (reference {reference_peak:.2f})"
     )
     assert triton[-1] < 0.9 * triton[0]
     assert distance[0] < 1e-3
