@@ -15,6 +15,7 @@ from torch import Tensor
 
 from mhc_kernels import reference
 from mhc_kernels.backend import check_contiguous, check_same_device, resolve_backend
+from mhc_kernels.norm import FUSED_NORM_STREAMS, RMSNorm
 
 
 def _use_triton(backend: str, x: Tensor) -> bool:
@@ -143,6 +144,7 @@ def connect(
     eps: float = 1e-6,
     profile: str = "paper",
     mode: str = "mhc",
+    norm: RMSNorm | None = None,
     accumulate: bool = False,
     flat: bool = False,
     backend: str = "auto",
@@ -153,6 +155,7 @@ def connect(
     gradients of x meet in one kernel instead of in an addition over n*C values.
 
     Args:
+        norm: of u, in the same pass (n <= 4; else after it).
         accumulate: add the gradients of phi, alpha and bias to their ``main_grad`` (float32, where they have one) and set
             ``grad_added_to_main_grad``, as Megatron's gradient accumulation fusion does. Triton only.
         flat: x is ``[..., n*C]``, and so is what comes back.
@@ -176,23 +179,46 @@ def connect(
         phi.shape,
         alpha.shape,
         bias.shape,
+        _norm_key(norm),
     )
     settings = None if torch.compiler.is_compiling() else _TRITON_CALLS.get(key)
     if settings is None:
         streams = _unflatten(x, reference.streams_of(bias), flat)
         reference.check_mappings(streams, phi, alpha, bias, iterations, profile, mode)
         check_same_device(x=x, phi=phi, alpha=alpha, bias=bias)
+        _check_norm(norm, x, streams.shape[-1])
         if not _use_triton(backend, streams):
             pre, post, res = reference.mappings(
                 streams, phi, alpha, bias, iterations=iterations, eps=eps, profile=profile, mode=mode
             )
-            return x, reference.aggregate(streams, pre), post, res
+            u = reference.aggregate(streams, pre)
+            return x, u if norm is None else norm(u), post, res
         settings = _settings(iterations, eps, profile, mode)
         _remember(key, settings)
     check_contiguous(x=x, phi=phi, alpha=alpha, bias=bias)
     own = (_float32(phi), _float32(alpha), _float32(bias))
-    out, u, post, res = _functions().apply_connect(x if flat else x.flatten(-2), *own, settings, accumulate)
-    return _same_form(out, x), u, post, res
+    fused, later = _split_norm(norm, reference.streams_of(bias))
+    out, u, post, res = _functions().apply_connect(x if flat else x.flatten(-2), *own, settings, accumulate, *fused)
+    return _same_form(out, x), u if later is None else later(u), post, res
+
+
+def _norm_key(norm: RMSNorm | None) -> Any:
+    return None if norm is None else (norm.weight.shape, norm.weight.dtype, norm.weight.device, norm.eps, norm.centered)
+
+
+def _check_norm(norm: RMSNorm | None, x: Tensor, width: int) -> None:
+    if norm is not None:
+        norm.check(width)
+        check_same_device(x=x, norm_weight=norm.weight)
+        check_contiguous(norm_weight=norm.weight)
+
+
+def _split_norm(norm: RMSNorm | None, n: int) -> tuple[tuple[Tensor | None, Any], RMSNorm | None]:
+    """The kernels' arguments for a norm, and what is left to do after them (they have no room for it if n > 4)."""
+    functions = _functions()
+    if norm is None or n > FUSED_NORM_STREAMS:
+        return (None, functions.NO_NORM), norm
+    return (norm.weight, functions.Norm(norm.eps, norm.centered)), None
 
 
 def boundary(
@@ -210,6 +236,7 @@ def boundary(
     eps: float = 1e-6,
     profile: str = "paper",
     mode: str = "mhc",
+    norm: RMSNorm | None = None,
     accumulate: bool = False,
     flat: bool = False,
     backend: str = "auto",
@@ -218,7 +245,7 @@ def boundary(
 
     Args:
         x, res, post, y, bias, dropout_p: as in `mix`.
-        next_phi, next_alpha, next_bias, iterations, eps, profile, mode, accumulate: as in `connect`.
+        next_phi, next_alpha, next_bias, iterations, eps, profile, mode, norm, accumulate: as in `connect`.
         flat: x and x' are ``[..., n*C]``.
 
     Returns:
@@ -228,6 +255,7 @@ def boundary(
         "boundary", backend, flat, iterations, eps, profile, mode, dropout_p,
         x.dtype, y.dtype, x.device, y.device, next_phi.device, x.shape, res.shape, post.shape, y.shape,
         None if bias is None else bias.shape, next_phi.shape, next_alpha.shape, next_bias.shape,
+        _norm_key(norm),
     )  # fmt: skip
     settings = None if torch.compiler.is_compiling() else _TRITON_CALLS.get(key)
     if settings is None:
@@ -235,10 +263,11 @@ def boundary(
         reference.check_mix(streams, res, post, y, bias, dropout_p)
         reference.check_mappings(streams, next_phi, next_alpha, next_bias, iterations, profile, mode)
         check_same_device(x=x, res=res, post=post, y=y, next_phi=next_phi, next_alpha=next_alpha, next_bias=next_bias)
+        _check_norm(norm, x, streams.shape[-1])
         if not _use_triton(backend, streams):
             out = _same_form(reference.mix(streams, res, post, y, bias, dropout_p=dropout_p), x)
             kwargs: dict[str, Any] = {"iterations": iterations, "eps": eps, "profile": profile, "mode": mode}
-            return connect(out, next_phi, next_alpha, next_bias, **kwargs, flat=flat, backend="reference")
+            return connect(out, next_phi, next_alpha, next_bias, **kwargs, norm=norm, flat=flat, backend="reference")
         settings = _settings(iterations, eps, profile, mode)
         _remember(key, settings)
     check_contiguous(
@@ -246,11 +275,12 @@ def boundary(
     )
     seed = _functions().new_seed(x.device) if dropout_p > 0 else None
     own = (_float32(next_phi), _float32(next_alpha), _float32(next_bias))
+    fused, later = _split_norm(norm, post.shape[-1])
     out, u, post, res = _functions().apply_boundary(
         x if flat else x.flatten(-2), _float32(res), _float32(post), _cast(y, x), _cast(bias, x), seed, float(dropout_p),
-        *own, settings, accumulate,
+        *own, settings, accumulate, *fused,
     )  # fmt: skip
-    return _same_form(out, x), u, post, res
+    return _same_form(out, x), u if later is None else later(u), post, res
 
 
 def head(x: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, *, eps: float = 1e-6, backend: str = "auto") -> Tensor:

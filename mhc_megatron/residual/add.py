@@ -31,8 +31,9 @@ def hyper_connection_add(mhc_config: MHCConfig) -> Callable[[bool, bool], BiasDr
             with torch.set_grad_enabled(grad):
                 if successor is None or not successor.hyper_connection.fuses(x):
                     return mix(x, res, post, y, bias, dropout_p=p, flat=True, backend=mhc_config.backend)
-                streams, u, post, res = successor.hyper_connection(x, res, post, y, bias, p)
-            return prepare(streams, u, post, res, successor)
+                norm = successor.fused_norm(x)
+                streams, u, post, res = successor.hyper_connection(x, res, post, y, bias, p, norm)
+            return prepare(streams, u, post, res, norm is not None, successor)
 
         return add
 

@@ -9,19 +9,22 @@ from typing import Any
 import torch
 from megatron.core.utils import log_single_rank
 
+from mhc_kernels import RMSNorm
 from mhc_kernels.backend import why_not_triton
+from mhc_kernels.norm import FUSED_NORM_STREAMS
 from mhc_megatron.config import MHCConfig
 
 _logger = logging.getLogger(__name__)
 
 
-def check_backend(mhc_config: MHCConfig, config: Any, hidden_size: int) -> None:
+def check_backend(mhc_config: MHCConfig, config: Any, hidden_size: int, norm: RMSNorm | None) -> None:
     """Check MHCConfig.backend against the model, and build its kernels where that is Triton.
 
     Args:
         mhc_config: settings.
         config: Megatron's TransformerConfig.
         hidden_size: C.
+        norm: that of the sublayer, if it is one that the kernels may take along.
 
     Raises:
         ValueError: for backend ``triton`` where its kernels can't run.
@@ -39,6 +42,7 @@ def check_backend(mhc_config: MHCConfig, config: Any, hidden_size: int) -> None:
             bool(config.add_bias_linear),
             float(config.hidden_dropout),
             bool(config.gradient_accumulation_fusion),
+            None if norm is None or mhc_config.num_streams > FUSED_NORM_STREAMS else norm.centered,
             device,
         )
     elif mhc_config.backend == "triton":
@@ -57,6 +61,7 @@ def _build(
     output_bias: bool,
     dropout_p: float,
     accumulate: bool,
+    centered: bool | None,
     device: torch.device,
 ) -> None:
     from mhc_kernels.fused.warm_up import warm_up
@@ -72,9 +77,11 @@ def _build(
         output_bias=output_bias,
         dropout_p=dropout_p,
         accumulate=accumulate,
+        norm=None if centered is None else (dtype, centered),
         device=device,
     )
-    _report(f"triton ({kernels} kernels compiled, or loaded from Triton's cache, in {seconds:.1f} s)")
+    norm = "" if centered is None else ", with the RMSNorm that follows"
+    _report(f"triton{norm} ({kernels} kernels compiled, or loaded from Triton's cache, in {seconds:.1f} s)")
 
 
 @cache

@@ -19,19 +19,21 @@ _ATTRIBUTE = "_mhc_prepared"
 
 
 class Prepared(NamedTuple):
-    """What the streams' next reader needs: u ``[s, b, C]``, post ``[s, b, n]``, res ``[s, b, n, n]``."""
+    """What the streams' next reader needs: u ``[s, b, C]``, post ``[s, b, n]``, res ``[s, b, n, n]``; whether u has passed the
+    reader's norm."""
 
     u: Tensor
     post: Tensor
     res: Tensor
+    normed: bool
     reader: nn.Module
     history: Any
     version: int
 
 
-def prepare(hidden: Tensor, u: Tensor, post: Tensor, res: Tensor, reader: nn.Module) -> Tensor:
+def prepare(hidden: Tensor, u: Tensor, post: Tensor, res: Tensor, normed: bool, reader: nn.Module) -> Tensor:
     """Leave u, post and res on the streams for ``reader``; returns the streams."""
-    setattr(hidden, _ATTRIBUTE, Prepared(u, post, res, reader, hidden.grad_fn, _version(hidden)))
+    setattr(hidden, _ATTRIBUTE, Prepared(u, post, res, normed, reader, hidden.grad_fn, _version(hidden)))
     return hidden
 
 

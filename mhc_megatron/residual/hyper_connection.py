@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mhc_kernels import boundary, connect, head
+from mhc_kernels import RMSNorm, boundary, connect, head
 from mhc_kernels.backend import resolve_backend
 from mhc_megatron.config import MHCConfig
 
@@ -107,6 +107,7 @@ class HyperConnection(Float32Module):
         y: Tensor | None = None,
         bias: Tensor | None = None,
         dropout_p: float = 0.0,
+        norm: RMSNorm | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Streams ``[s, b, n*C]`` to (streams, u, post, res): what this sublayer reads, and what its add needs.
 
@@ -122,6 +123,7 @@ class HyperConnection(Float32Module):
             "mode": cfg.mode,
             "backend": cfg.backend,
             "accumulate": self._accumulate,
+            "norm": norm,
             "flat": True,
         }
         if y is None:

@@ -7,11 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mhc_kernels import RMSNorm
+from mhc_kernels.norm import FUSED_NORM_STREAMS
 from mhc_megatron.config import MHCConfig
 from mhc_megatron.residual.backend import check_backend
 from mhc_megatron.residual.chain import take
 from mhc_megatron.residual.hyper_connection import HyperConnection
 from mhc_megatron.residual.norm_wrapper import NormBuilder, NormWrapper
+from mhc_megatron.residual.plain_norm import plain_rms_norm, wait_for_weight
 from mhc_megatron.residual.streams import Residual, mark_pipeline_width
 
 
@@ -34,7 +37,7 @@ class HyperConnectionInput(NormWrapper):
         self.hidden_size = hidden_size
         self.hyper_connection = HyperConnection(config, mhc_config, hidden_size)
         self._successor: tuple[HyperConnectionInput, ...] = ()  # in a tuple: it is not a submodule
-        check_backend(mhc_config, config, hidden_size)
+        check_backend(mhc_config, config, hidden_size, plain_rms_norm(self.norm))
         mark_pipeline_width(config, mhc_config.num_streams)
 
     def forward(self, hidden: Tensor) -> tuple[Tensor, Residual]:
@@ -45,10 +48,23 @@ class HyperConnectionInput(NormWrapper):
             )
         prepared = take(hidden, self)
         if prepared is None:
-            hidden, u, post, res = self.hyper_connection(hidden)
+            norm = self.fused_norm(hidden)
+            hidden, u, post, res = self.hyper_connection(hidden, norm=norm)
+            normed = norm is not None
         else:
-            u, post, res = prepared.u, prepared.post, prepared.res
-        return self.norm(u), Residual(hidden, post, res, torch.is_grad_enabled(), *self._successor)
+            u, post, res, normed = prepared.u, prepared.post, prepared.res, prepared.normed
+        if not normed:
+            u = self.norm(u)
+        return u, Residual(hidden, post, res, torch.is_grad_enabled(), *self._successor)
+
+    def fused_norm(self, hidden: Tensor) -> RMSNorm | None:
+        """The norm, if the kernels take it along on these streams; then its weight is there to be read."""
+        if self.num_streams > FUSED_NORM_STREAMS or not self.hyper_connection.fuses(hidden):
+            return None
+        norm = plain_rms_norm(self.norm)
+        if norm is not None:
+            wait_for_weight(self.norm)
+        return norm
 
     def set_successor(self, reader: HyperConnectionInput) -> None:
         """Tell it which mHC input reads the streams after this sublayer."""

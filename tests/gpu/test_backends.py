@@ -109,9 +109,9 @@ def test_backends_have_the_same_loss_curve(
     calls: Counter = Counter()
     original = HyperConnection.forward
 
-    def counted(self: Any, *args: Any) -> Any:
+    def counted(self: Any, *args: Any, **kwargs: Any) -> Any:
         calls["boundary" if len(args) > 1 else "connect"] += 1
-        return original(self, *args)
+        return original(self, *args, **kwargs)
 
     monkeypatch.setattr(HyperConnection, "forward", counted)
     triton, triton_peak = train(settings, "auto", sequence, rate)

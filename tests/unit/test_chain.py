@@ -24,9 +24,9 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Counter:
     counts: Counter = Counter()
     original = HyperConnection.forward
 
-    def counted(self: Any, *args: Any) -> Any:
+    def counted(self: Any, *args: Any, **kwargs: Any) -> Any:
         counts["boundary" if len(args) > 1 else "connect"] += 1
-        return original(self, *args)
+        return original(self, *args, **kwargs)
 
     monkeypatch.setattr(HyperConnection, "forward", counted)
     return counts

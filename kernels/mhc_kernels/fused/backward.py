@@ -36,11 +36,12 @@ def _total(value, exists):
 
 @triton.jit(do_not_specialize=["T", "MAPS"])
 def mapping_backward_kernel(
-    du_ptr, x_ptr, dpre_ptr, dpost_ptr, dres_ptr, saved_ptr, alpha_ptr, bias_ptr,
-    da_ptr, factor_ptr, totals_ptr, pre_totals_ptr, T, MAPS,
+    du_ptr, x_ptr, dpre_ptr, dpost_ptr, dres_ptr, saved_ptr, alpha_ptr, bias_ptr, pre_ptr, gamma_ptr, rho_ptr,
+    da_ptr, factor_ptr, totals_ptr, pre_totals_ptr, kappa_ptr, dgammas_ptr, T, MAPS,
     N: tl.constexpr, P: tl.constexpr, C: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, RT: tl.constexpr, NT: tl.constexpr,
     ITERATIONS: tl.constexpr, HC: tl.constexpr, EPS: tl.constexpr, AGGREGATE: tl.constexpr, NW: tl.constexpr,
-    LOW: tl.constexpr, BS: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr, V: tl.constexpr, STAGES: tl.constexpr,
+    LOW: tl.constexpr, NORM: tl.constexpr, CENTERED: tl.constexpr,
+    BS: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr, V: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Gradients of the projected values (da), and factor [T, 3, 4]: x's factor from the RMS, a term
     each from H_res, H_post and H_pre at [:, :, 0].
@@ -49,7 +50,8 @@ def mapping_backward_kernel(
     unless AGGREGATE: then the other programs take dH_pre of BM tokens each from du [T, C] and x [T, N, C].
 
     totals [MAPS, RT]: sums over the program's tokens for dbias (R), then dalpha (3); pre_totals [programs, NT]: dbias
-    (N), dalpha (1).
+    (N), dalpha (1). NORM: du is the gradient of gamma * rho * u, u = H_pre x; then the gradient of u is
+    rho * gamma * du - kappa * u, and dgammas [programs, C] are the sums for dgamma.
     """
     if N > 4:
         program, maps = tiles.take_turns(MAPS)
@@ -64,9 +66,9 @@ def mapping_backward_kernel(
         )  # fmt: skip
     else:
         _aggregate_backward(
-            du_ptr, x_ptr, saved_ptr, alpha_ptr, bias_ptr, da_ptr, factor_ptr, pre_totals_ptr, T,
-            program,
-            N, C, R, RP, NT, HC, NW, LOW, BM, BC, V, STAGES,
+            du_ptr, x_ptr, saved_ptr, alpha_ptr, bias_ptr, pre_ptr, gamma_ptr, rho_ptr,
+            da_ptr, factor_ptr, pre_totals_ptr, kappa_ptr, dgammas_ptr, T, program,
+            N, C, R, RP, NT, HC, NW, LOW, NORM, CENTERED, BM, BC, V, STAGES,
         )  # fmt: skip
 
 
@@ -244,9 +246,11 @@ def _rms_backward(dr, r, N: tl.constexpr, C: tl.constexpr):
 
 @triton.jit
 def _aggregate_backward(
-    du_ptr, x_ptr, saved_ptr, alpha_ptr, bias_ptr, da_ptr, factor_ptr, pre_totals_ptr, T, program,
+    du_ptr, x_ptr, saved_ptr, alpha_ptr, bias_ptr, pre_ptr, gamma_ptr, rho_ptr,
+    da_ptr, factor_ptr, pre_totals_ptr, kappa_ptr, dgammas_ptr, T, program,
     N: tl.constexpr, C: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, NT: tl.constexpr, HC: tl.constexpr, NW: tl.constexpr,
-    LOW: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr, V: tl.constexpr, STAGES: tl.constexpr,
+    LOW: tl.constexpr, NORM: tl.constexpr, CENTERED: tl.constexpr,
+    BM: tl.constexpr, BC: tl.constexpr, V: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     rows = program * BM + tl.arange(0, BM)
     exists = rows < T
@@ -254,15 +258,32 @@ def _aggregate_backward(
     totals = pre_totals_ptr + program * NT
     EVEN: tl.constexpr = C % BC == 0
     dots = tiles.zeros(N, BM, BC // V)
+    if NORM:
+        u_dots = tiles.zeros(N, BM, BC // V)
+        pre = tiles.load_columns(pre_ptr + at * N, N)
+        rho = tl.load(rho_ptr + at)
     for c in tl.range(0, C, BC, num_stages=STAGES):
         columns = c + tl.arange(0, BC)
         mask = (columns < C)[None, :]
         du = tiles.load(du_ptr + at[:, None] * C + columns[None, :], mask, EVEN)
         x = tiles.load_streams(x_ptr + at[:, None] * (N * C) + columns[None, :], mask, N, C, EVEN)
+        if NORM:  # du is that of the norm's output
+            u = tiles.weighted_sum(pre, x, N)
+            dgamma = tl.where(exists[:, None], du * u * rho[:, None], 0.0)
+            tl.store(dgammas_ptr + program * C + columns, tl.sum(dgamma, 0), mask=columns < C)
+            du *= tiles.load_gamma(gamma_ptr, columns, C, CENTERED, EVEN)
+            new = ()
+            for i in tl.static_range(N):
+                new = new + (u_dots[i] + tiles.partial(u * x[i], BM, BC, V),)
+            u_dots = new
         new = ()
         for i in tl.static_range(N):
             new = new + (dots[i] + tiles.partial(du * x[i], BM, BC, V),)
         dots = new
+    if NORM:
+        # dv = gamma times the gradient of the norm's output; sum(dv u) = sum_i pre_i sum(dv x_i)
+        kappa = tl.sum(tiles.weighted_sum(pre, dots, N), 1) * rho * rho * rho / C
+        tl.store(kappa_ptr + at, kappa, mask=exists)
     r = tl.load(saved_ptr + at * RP + R)
     alpha = tl.load(alpha_ptr)
     dr = tl.zeros((BM,), tl.float32)
@@ -270,6 +291,8 @@ def _aggregate_backward(
     for k in tl.static_range(N):
         a = tl.load(saved_ptr + at * RP + k)
         dh = tl.sum(dots[k], 1)
+        if NORM:
+            dh = rho * dh - kappa * tl.sum(u_dots[k], 1)
         da, dr_k, dalpha, dbias = gate_backward(dh, a, alpha, tl.load(bias_ptr + k), r, 1.0, HC)
         dr += dr_k
         _store_da(da_ptr, at, k, da, exists, NW, LOW)
@@ -285,12 +308,14 @@ def _aggregate_backward(
 )
 def stream_backward_kernel(
     g_ptr, du_ptr, x_ptr, y_ptr, y_bias_ptr, seed_ptr, res_ptr, post_ptr, pre_ptr, da_ptr, factor_ptr, w_ptr,
-    dx_ptr, dy_ptr, dres_ptr, dpost_ptr,
-    totals_ptr, pre_totals_ptr, partials_ptr, dalpha_ptr, dbias_ptr, dphi_ptr, T, TOTALS, PRE_TOTALS, PARTS, p_drop,
+    gamma_ptr, rho_ptr, kappa_ptr, dx_ptr, dy_ptr, dres_ptr, dpost_ptr,
+    totals_ptr, pre_totals_ptr, partials_ptr, dgammas_ptr, dgamma_ptr, dalpha_ptr, dbias_ptr, dphi_ptr,
+    T, TOTALS, PRE_TOTALS, PARTS, p_drop,
     N: tl.constexpr, P: tl.constexpr, C: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, RT: tl.constexpr, NT: tl.constexpr,
     PR: tl.constexpr, MIX: tl.constexpr, AGGREGATE: tl.constexpr, PROJECT: tl.constexpr, G: tl.constexpr,
     BIAS: tl.constexpr, DROPOUT: tl.constexpr, BF16: tl.constexpr, DOT32: tl.constexpr, ACCUMULATE: tl.constexpr,
-    BM: tl.constexpr, BC: tl.constexpr, V: tl.constexpr, STAGES: tl.constexpr, BR: tl.constexpr,
+    NORM: tl.constexpr, CENTERED: tl.constexpr,
+    BM: tl.constexpr, BC: tl.constexpr, V: tl.constexpr, STAGES: tl.constexpr, BR: tl.constexpr, BG: tl.constexpr,
 ):  # fmt: skip
     """Gradients of the streams and of the sublayer's output, BM tokens a program.
 
@@ -302,24 +327,27 @@ def stream_backward_kernel(
     main_grad): dalpha [3] and dbias [R]; dphi [R, N*C], BR elements each, from partials [PARTS, PR, N*C].
     """
     if PROJECT:
-        REDUCE: tl.constexpr = 1 + (R * N * C + BR - 1) // BR
+        PHI: tl.constexpr = 1 + (R * N * C + BR - 1) // BR
+        REDUCE: tl.constexpr = PHI + ((C + BG - 1) // BG if NORM else 0)
         if tl.program_id(0) == 0:
             _reduce_gates(
                 totals_ptr, pre_totals_ptr, dalpha_ptr, dbias_ptr, TOTALS, PRE_TOTALS, N, R, RT, NT, ACCUMULATE
             )
-        elif tl.program_id(0) < REDUCE:
+        elif tl.program_id(0) < PHI:
             _reduce_phi(partials_ptr, dphi_ptr, PARTS, tl.program_id(0) - 1, N * C, R, PR, ACCUMULATE, BR)
+        elif tl.program_id(0) < REDUCE:
+            _reduce_gamma(dgammas_ptr, dgamma_ptr, PRE_TOTALS, tl.program_id(0) - PHI, C, BG)
         else:
             _stream_backward(
                 g_ptr, du_ptr, x_ptr, y_ptr, y_bias_ptr, seed_ptr, res_ptr, post_ptr, pre_ptr, da_ptr, factor_ptr, w_ptr,
-                dx_ptr, dy_ptr, dres_ptr, dpost_ptr, T, p_drop, tl.program_id(0) - REDUCE,
-                N, P, C, R, RP, MIX, AGGREGATE, PROJECT, G, BIAS, DROPOUT, BF16, DOT32, BM, BC, V, STAGES,
+                gamma_ptr, rho_ptr, kappa_ptr, dx_ptr, dy_ptr, dres_ptr, dpost_ptr, T, p_drop, tl.program_id(0) - REDUCE,
+                N, P, C, R, RP, MIX, AGGREGATE, PROJECT, G, BIAS, DROPOUT, BF16, DOT32, NORM, CENTERED, BM, BC, V, STAGES,
             )  # fmt: skip
     else:
         _stream_backward(
             g_ptr, du_ptr, x_ptr, y_ptr, y_bias_ptr, seed_ptr, res_ptr, post_ptr, pre_ptr, da_ptr, factor_ptr, w_ptr,
-            dx_ptr, dy_ptr, dres_ptr, dpost_ptr, T, p_drop, tl.program_id(0),
-            N, P, C, R, RP, MIX, AGGREGATE, PROJECT, G, BIAS, DROPOUT, BF16, DOT32, BM, BC, V, STAGES,
+            gamma_ptr, rho_ptr, kappa_ptr, dx_ptr, dy_ptr, dres_ptr, dpost_ptr, T, p_drop, tl.program_id(0),
+            N, P, C, R, RP, MIX, AGGREGATE, PROJECT, G, BIAS, DROPOUT, BF16, DOT32, NORM, CENTERED, BM, BC, V, STAGES,
         )  # fmt: skip
 
 
@@ -341,10 +369,11 @@ def _times_phi(da, w, acc, DOT32: tl.constexpr):
 @triton.jit
 def _stream_backward(
     g_ptr, du_ptr, x_ptr, y_ptr, y_bias_ptr, seed_ptr, res_ptr, post_ptr, pre_ptr, da_ptr, factor_ptr, w_ptr,
-    dx_ptr, dy_ptr, dres_ptr, dpost_ptr, T, p_drop, program,
+    gamma_ptr, rho_ptr, kappa_ptr, dx_ptr, dy_ptr, dres_ptr, dpost_ptr, T, p_drop, program,
     N: tl.constexpr, P: tl.constexpr, C: tl.constexpr, R: tl.constexpr, RP: tl.constexpr,
     MIX: tl.constexpr, AGGREGATE: tl.constexpr, PROJECT: tl.constexpr, G: tl.constexpr,
     BIAS: tl.constexpr, DROPOUT: tl.constexpr, BF16: tl.constexpr, DOT32: tl.constexpr,
+    NORM: tl.constexpr, CENTERED: tl.constexpr,
     BM: tl.constexpr, BC: tl.constexpr, V: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     rows = program * BM + tl.arange(0, BM)
@@ -357,6 +386,9 @@ def _stream_backward(
         dots = tiles.zeros(N * (N + 1), BM, BC // V)
     if AGGREGATE:
         pre = tiles.load_columns(pre_ptr + at * N, N)
+    if NORM:
+        rho = tl.load(rho_ptr + at)[:, None]
+        kappa = tl.load(kappa_ptr + at)[:, None]
     WIDE: tl.constexpr = N > 4
     if PROJECT and not WIDE:
         rn = tl.arange(0, RP)
@@ -378,17 +410,21 @@ def _stream_backward(
             g = tiles.load_streams(g_ptr + at_x, mask, N, C, EVEN)
         else:
             g = tiles.zeros(N, BM, BC)
-        if AGGREGATE:
-            du = tiles.load(du_ptr + at_y, mask, EVEN)
-            new = ()
-            for i in tl.static_range(N):
-                new = new + (g[i] + pre[i] * du,)
-            g = new
         if PROJECT and not WIDE:
             if MIX:
                 out = tiles.mix_streams(res, post, x, y, N)
             else:
                 out = x
+        if AGGREGATE:
+            du = tiles.load(du_ptr + at_y, mask, EVEN)
+            if NORM:
+                gamma = tiles.load_gamma(gamma_ptr, columns, C, CENTERED, EVEN)
+                du = rho * gamma * du - kappa * tiles.weighted_sum(pre, out, N)
+            new = ()
+            for i in tl.static_range(N):
+                new = new + (g[i] + pre[i] * du,)
+            g = new
+        if PROJECT and not WIDE:
             if N == 2:
                 # A dot a stream: the interleaved one has pairs of streams where the tensor core leaves pairs of channels, and
                 # the compiler then takes that layout, two bytes at a time, for everything.
@@ -439,6 +475,20 @@ def _reduce_phi(
         total += tl.load(at, mask=inside, other=0.0)
         at += PR * K
     _deliver(total, dphi_ptr + k, inside, ACCUMULATE)
+
+
+@triton.jit
+def _reduce_gamma(dgammas_ptr, dgamma_ptr, PARTS, program, C: tl.constexpr, BG: tl.constexpr):
+    """dgamma [C] from dgammas [PARTS, C], BG channels a program."""
+    ROWS: tl.constexpr = 4096 // BG
+    columns = program * BG + tl.arange(0, BG)
+    inside = columns < C
+    total = tl.zeros((ROWS, BG), tl.float32)
+    for part in tl.range(0, PARTS, ROWS):
+        parts = part + tl.arange(0, ROWS)
+        pointers = dgammas_ptr + parts[:, None] * C + columns[None, :]
+        total += tl.load(pointers, mask=(parts < PARTS)[:, None] & inside[None, :], other=0.0)
+    tl.store(dgamma_ptr + columns, tl.sum(total, 0).to(dgamma_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit

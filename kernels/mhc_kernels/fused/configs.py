@@ -95,6 +95,9 @@ def mapping_backward(s: Sizes) -> Rows:
 REDUCE_BLOCK = 8192 if INTERPRET else 2048  # elements of dphi a program adds up
 
 
+GAMMA_BLOCK = 256 if INTERPRET else 64  # channels of a norm's weight whose gradient a program adds up
+
+
 def token_block(n: int) -> int:
     """Tokens a program of the mappings: their n*n matrices are in its registers."""
     if INTERPRET:

@@ -169,16 +169,18 @@ def _rms_factor(pointers, step, eps, N: tl.constexpr, C: tl.constexpr, PARTS: tl
 
 @triton.jit(do_not_specialize=["T", "PROGRAMS"])
 def map_aggregate_kernel(
-    sums_ptr, x_ptr, alpha_ptr, bias_ptr, u_ptr, pre_ptr, post_ptr, res_ptr, saved_ptr, T, PROGRAMS, eps,
+    sums_ptr, x_ptr, alpha_ptr, bias_ptr, u_ptr, pre_ptr, post_ptr, res_ptr, saved_ptr, gamma_ptr, rho_ptr,
+    T, PROGRAMS, eps, norm_eps,
     N: tl.constexpr, P: tl.constexpr, C: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, SP: tl.constexpr, LOW: tl.constexpr,
     SPLIT: tl.constexpr, PARTS: tl.constexpr, ITERATIONS: tl.constexpr, HC: tl.constexpr, EPS: tl.constexpr,
+    NORM: tl.constexpr, CENTERED: tl.constexpr,
     BS: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Mappings of the streams x [T, N, C] from their projection sums [SPLIT, T, SP], and u [T, C].
 
     Programs [0, PROGRAMS) compute pre [T, N], post [T, N], res [T, N*N] and saved [T, RP] (projected values, and r in
     column R) for BS tokens each; the programs after them u for BM tokens each. EPS > 0: profile deepseek-v4. PARTS: of the
-    sum of squares.
+    sum of squares. NORM: u is normalised, gamma [C] the norm's weight, and rho [T] is 1 / rms(u).
     """
     program = tl.program_id(0)
     if program < PROGRAMS:
@@ -189,27 +191,9 @@ def map_aggregate_kernel(
     else:
         first = (program - PROGRAMS) * BM
         _project_aggregate(
-            sums_ptr,
-            x_ptr,
-            alpha_ptr,
-            bias_ptr,
-            u_ptr,
-            T,
-            first,
-            eps,
-            N,
-            C,
-            R,
-            SP,
-            LOW,
-            SPLIT,
-            PARTS,
-            HC,
-            EPS,
-            BM,
-            BC,
-            STAGES,
-        )
+            sums_ptr, x_ptr, alpha_ptr, bias_ptr, u_ptr, gamma_ptr, rho_ptr, T, first, eps, norm_eps,
+            N, C, R, SP, LOW, SPLIT, PARTS, HC, EPS, NORM, CENTERED, BM, BC, STAGES,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -253,10 +237,10 @@ def _map(
 
 @triton.jit
 def _project_aggregate(
-    sums_ptr, x_ptr, alpha_ptr, bias_ptr, u_ptr, T, first, eps,
+    sums_ptr, x_ptr, alpha_ptr, bias_ptr, u_ptr, gamma_ptr, rho_ptr, T, first, eps, norm_eps,
     N: tl.constexpr, C: tl.constexpr, R: tl.constexpr, SP: tl.constexpr, LOW: tl.constexpr,
     SPLIT: tl.constexpr, PARTS: tl.constexpr, HC: tl.constexpr, EPS: tl.constexpr,
-    BM: tl.constexpr, BC: tl.constexpr, STAGES: tl.constexpr,
+    NORM: tl.constexpr, CENTERED: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     step = T.to(tl.int64) * SP
     rows = first + tl.arange(0, BM)
@@ -268,7 +252,36 @@ def _project_aggregate(
     for k in tl.static_range(N):
         a = _projected(sums + k, step, LOW, SPLIT)
         pre = pre + (gate(a, tl.load(alpha_ptr), tl.load(bias_ptr + k), r, 1.0, EPS, HC)[:, None],)
-    _aggregate(x_ptr, u_ptr, at, exists, pre, N, C, BC, STAGES)
+    if NORM:
+        _aggregate_norm(x_ptr, u_ptr, gamma_ptr, rho_ptr, at, exists, pre, norm_eps, N, C, CENTERED, BM, BC, STAGES)
+    else:
+        _aggregate(x_ptr, u_ptr, at, exists, pre, N, C, BC, STAGES)
+
+
+@triton.jit
+def _aggregate_norm(
+    x_ptr, u_ptr, gamma_ptr, rho_ptr, at, exists, pre, norm_eps,
+    N: tl.constexpr, C: tl.constexpr, CENTERED: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """As `_aggregate`, then RMSNorm: a second pass over u, which is in the cache."""
+    EVEN: tl.constexpr = C % BC == 0
+    squares = tl.zeros((BM, BC), tl.float32)
+    for c in tl.range(0, C, BC, num_stages=STAGES):
+        columns = c + tl.arange(0, BC)
+        mask = (columns < C)[None, :]
+        x = tiles.load_streams(x_ptr + at[:, None] * (N * C) + columns[None, :], mask, N, C, EVEN)
+        u = tiles.weighted_sum(pre, x, N)
+        tiles.store(u_ptr + at[:, None] * C + columns[None, :], u, exists, mask, EVEN)
+        squares += u * u
+    rho = tl.rsqrt(tl.sum(squares, 1) / C + norm_eps)
+    tl.store(rho_ptr + at, rho, mask=exists)
+    tl.debug_barrier()
+    for c in tl.range(0, C, BC):
+        columns = c + tl.arange(0, BC)
+        mask = (columns < C)[None, :]
+        pointers = u_ptr + at[:, None] * C + columns[None, :]
+        gamma = tiles.load_gamma(gamma_ptr, columns, C, CENTERED, EVEN)
+        tiles.store(pointers, tiles.load(pointers, mask, EVEN) * rho[:, None] * gamma, exists, mask, EVEN)
 
 
 @triton.jit

@@ -52,6 +52,16 @@ def _main_gradients(parameters: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]
     return (None,) * len(parameters)
 
 
+class Norm(NamedTuple):
+    """Of a following RMSNorm: inside its root, and whether its weight is stored as the difference from 1."""
+
+    eps: float
+    centered: bool
+
+
+NO_NORM = Norm(0.0, False)
+
+
 class Boundary(torch.autograd.Function):
     """``(x, res, post, y, y_bias, ...) -> (x', u, post', res')``: see `mhc_kernels.boundary`.
 
@@ -62,24 +72,25 @@ class Boundary(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, res: Tensor, post: Tensor, y: Tensor, y_bias: Tensor | None, seed: Tensor | None, p: float,
-        phi: Tensor, alpha: Tensor, bias: Tensor, settings: Settings, accumulate: bool,
+        phi: Tensor, alpha: Tensor, bias: Tensor, settings: Settings, accumulate: bool, gamma: Tensor | None, norm: Norm,
     ) -> tuple[Tensor, ...]:  # fmt: skip
         out, u, pre, post_out, res_out, kept = boundary_operators.boundary(
-            x, res, post, y, y_bias, seed, p, phi, alpha, bias, True, *settings
+            x, res, post, y, y_bias, seed, p, phi, alpha, bias, True, *settings, gamma, *norm
         )
-        ctx.save_for_backward(x, res, post, y, y_bias, seed, out, pre, kept, phi, alpha, bias)
-        ctx.p, ctx.settings, ctx.accumulate = p, settings, accumulate
+        ctx.save_for_backward(x, res, post, y, y_bias, seed, out, pre, kept, phi, alpha, bias, gamma)
+        ctx.p, ctx.settings, ctx.accumulate, ctx.norm = p, settings, accumulate, norm
         ctx.set_materialize_grads(False)
         return out, u, post_out, res_out
 
     @staticmethod
     def backward(ctx: Any, g: Tensor | None, du: Tensor | None, dpost: Tensor | None, dres: Tensor | None) -> Any:
         _refuse_second_derivatives()
-        x, res, post, y, y_bias, seed, out, pre, kept, phi, alpha, bias = ctx.saved_tensors
-        dx, dy, dres_in, dpost_in, *parameters = _boundary_backward(
-            ctx, g, du, None, dpost, dres, x, res, post, y, y_bias, seed, ctx.p, out, pre, kept, phi, alpha, bias
+        x, res, post, y, y_bias, seed, out, pre, kept, phi, alpha, bias, gamma = ctx.saved_tensors
+        dx, dy, dres_in, dpost_in, dgamma, *parameters = _boundary_backward(
+            ctx, g, du, None, dpost, dres, x, res, post, y, y_bias, seed, ctx.p, out, pre, kept, phi, alpha, bias, gamma
         )
-        return dx, dres_in, dpost_in, dy, _bias_gradient(dy, y_bias), None, None, *parameters, None, None
+        norm = (None if gamma is None else dgamma, None)
+        return dx, dres_in, dpost_in, dy, _bias_gradient(dy, y_bias), None, None, *parameters, None, None, *norm
 
 
 class Connect(torch.autograd.Function):
@@ -88,24 +99,25 @@ class Connect(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, settings: Settings, accumulate: bool
-    ) -> tuple[Tensor, ...]:
+        ctx: Any, x: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, settings: Settings, accumulate: bool,
+        gamma: Tensor | None, norm: Norm,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
         _, u, pre, post, res, kept = boundary_operators.boundary(
-            x, None, None, None, None, None, 0.0, phi, alpha, bias, True, *settings
+            x, None, None, None, None, None, 0.0, phi, alpha, bias, True, *settings, gamma, *norm
         )
-        ctx.save_for_backward(x, pre, kept, phi, alpha, bias)
-        ctx.settings, ctx.accumulate = settings, accumulate
+        ctx.save_for_backward(x, pre, kept, phi, alpha, bias, gamma)
+        ctx.settings, ctx.accumulate, ctx.norm = settings, accumulate, norm
         ctx.set_materialize_grads(False)
         return x, u, post, res
 
     @staticmethod
     def backward(ctx: Any, g: Tensor | None, du: Tensor | None, dpost: Tensor | None, dres: Tensor | None) -> Any:
         _refuse_second_derivatives()
-        x, pre, kept, phi, alpha, bias = ctx.saved_tensors
-        dx, _, _, _, *parameters = _boundary_backward(
-            ctx, g, du, None, dpost, dres, x, None, None, None, None, None, 0.0, x, pre, kept, phi, alpha, bias
+        x, pre, kept, phi, alpha, bias, gamma = ctx.saved_tensors
+        dx, _, _, _, dgamma, *parameters = _boundary_backward(
+            ctx, g, du, None, dpost, dres, x, None, None, None, None, None, 0.0, x, pre, kept, phi, alpha, bias, gamma
         )
-        return dx, *parameters, None, None
+        return dx, *parameters, None, None, None if gamma is None else dgamma, None
 
 
 class Mappings(torch.autograd.Function):
@@ -116,10 +128,10 @@ class Mappings(torch.autograd.Function):
         ctx: Any, x: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, settings: Settings
     ) -> tuple[Tensor, ...]:
         _, _, pre, post, res, kept = boundary_operators.boundary(
-            x, None, None, None, None, None, 0.0, phi, alpha, bias, False, *settings
+            x, None, None, None, None, None, 0.0, phi, alpha, bias, False, *settings, None, *NO_NORM
         )
         ctx.save_for_backward(x, pre, kept, phi, alpha, bias)
-        ctx.settings, ctx.accumulate = settings, False
+        ctx.settings, ctx.accumulate, ctx.norm = settings, False, NO_NORM
         ctx.set_materialize_grads(False)
         return pre, post, res
 
@@ -127,8 +139,27 @@ class Mappings(torch.autograd.Function):
     def backward(ctx: Any, dpre: Tensor | None, dpost: Tensor | None, dres: Tensor | None) -> Any:
         _refuse_second_derivatives()
         x, pre, kept, phi, alpha, bias = ctx.saved_tensors
-        dx, _, _, _, *parameters = _boundary_backward(
-            ctx, None, None, dpre, dpost, dres, x, None, None, None, None, None, 0.0, x, pre, kept, phi, alpha, bias
+        dx, _, _, _, _, *parameters = _boundary_backward(
+            ctx,
+            None,
+            None,
+            dpre,
+            dpost,
+            dres,
+            x,
+            None,
+            None,
+            None,
+            None,
+            None,
+            0.0,
+            x,
+            pre,
+            kept,
+            phi,
+            alpha,
+            bias,
+            None,
         )
         return dx, *parameters, None
 
@@ -136,21 +167,21 @@ class Mappings(torch.autograd.Function):
 def _boundary_backward(
     ctx: Any, g: Tensor | None, du: Tensor | None, dpre: Tensor | None, dpost: Tensor | None, dres: Tensor | None,
     x: Tensor, res: Tensor | None, post: Tensor | None, y: Tensor | None, y_bias: Tensor | None, seed: Tensor | None, p: float,
-    out: Tensor, pre: Tensor, kept: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor,
+    out: Tensor, pre: Tensor, kept: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, gamma: Tensor | None,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     mains: tuple[Tensor | None, ...] = _main_gradients((phi, alpha, bias)) if ctx.accumulate else (None, None, None)
     settings = ctx.settings
     gradients = boundary_operators.boundary_backward(
         _contiguous(g), _contiguous(du), _contiguous(dpre), _contiguous(dpost), _contiguous(dres),
         x, res, post, y, y_bias, seed, p, out, pre, kept, alpha, bias, *mains,
-        settings.iterations, settings.eps_sinkhorn, settings.hc,
+        settings.iterations, settings.eps_sinkhorn, settings.hc, gamma, ctx.norm.centered,
     )  # fmt: skip
     if mains[0] is None:
         return gradients
     for parameter in (phi, alpha, bias):
         parameter.grad_added_to_main_grad = True  # type: ignore[attr-defined]
     # A gradient must arrive for Megatron's hook to run; it looks at the mark and drops this one.
-    return (*gradients[:4], *(torch.empty_like(parameter) for parameter in (phi, alpha, bias)))
+    return (*gradients[:5], *(torch.empty_like(parameter) for parameter in (phi, alpha, bias)))
 
 
 class Mix(torch.autograd.Function):

@@ -34,7 +34,7 @@ def mix_project_step(s: Sizes, mixes: bool, projects: bool, squares: bool, biase
 
 def stream_backward_step(
     s: Sizes, g: bool, aggregates: bool, mixes: bool, projects: bool, biased: bool, drops: bool, accumulates: bool, p: float,
-    counts: tuple[int, int, int] = (0, 0, 0),
+    counts: tuple[int, int, int] = (0, 0, 0), normalises: bool = False, centered: bool = False,
 ) -> Step:  # fmt: skip
     """`stream_backward_kernel`. counts: of totals, pre_totals, partials, if it projects.
 
@@ -43,21 +43,25 @@ def stream_backward_step(
     config = configs.stream_backward(s)
     if projects:
         own = ("da", "factor", "w_back")
-        sums = ("totals", "pre_totals", "partials", "dalpha", "dbias", "dphi")
+        gammas = ("dgammas", "dgamma") if normalises else ("x", "x")
+        sums = ("totals", "pre_totals", "partials", *gammas, "dalpha", "dbias", "dphi")
     else:
-        own, sums = ("x",) * 3, ("x",) * 6
+        own, sums = ("x",) * 3, ("x",) * 8
+    norm = ("gamma", "rho", "kappa") if normalises else ("x",) * 3
     g_name = "back" if projects and s.wide else "g"
     outputs = ("dx", "dy", "dres", "dpost") if mixes else ("dx", "x", "x", "x")
     pre = "pre" if aggregates else "x"
-    arrays = (g_name, "du", "x", "y", "y_bias", "seed", "res", "post", pre, *own, *outputs, *sums)
+    arrays = (g_name, "du", "x", "y", "y_bias", "seed", "res", "post", pre, *own, *norm, *outputs, *sums)
     meta = (
         s.n, s.padded_streams, s.c, s.rows, s.padded_rows, s.padded_totals, s.padded_pre, s.partial_rows,
         mixes, aggregates, projects, g or g_name == "back", biased, drops, s.bf16, s.dot32, accumulates,
-        config.BM, config.BC, config.V, config.STAGES, configs.REDUCE_BLOCK,
+        normalises, centered, config.BM, config.BC, config.V, config.STAGES, configs.REDUCE_BLOCK, configs.GAMMA_BLOCK,
     )  # fmt: skip
     programs = cdiv(s.t, config.BM)
     if projects:
         programs += 1 + cdiv(s.rows * s.n * s.c, configs.REDUCE_BLOCK)
+    if normalises:
+        programs += cdiv(s.c, configs.GAMMA_BLOCK)
     return Step(backward.stream_backward_kernel, (programs, 1, 1), arrays, (s.t, *counts, p), meta, config.warps)
 
 

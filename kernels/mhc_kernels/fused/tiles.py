@@ -65,6 +65,15 @@ def take_turns(FIRST):
 
 
 @triton.jit
+def load_gamma(gamma_ptr, columns, C: tl.constexpr, CENTERED: tl.constexpr, EVEN: tl.constexpr):
+    """A norm's weight ``[1, BC]``; 1 + it if CENTERED."""
+    gamma = load(gamma_ptr + columns, columns < C, EVEN)[None, :]
+    if CENTERED:
+        gamma += 1.0
+    return gamma
+
+
+@triton.jit
 def load_columns(pointers, COUNT: tl.constexpr):
     """COUNT neighbouring float32 values of each token, as ``[BM, 1]`` each."""
     values = ()

@@ -8,6 +8,7 @@ import torch
 
 from mhc_kernels import ops
 from mhc_kernels.fused.launch import CompileTimes
+from mhc_kernels.norm import RMSNorm
 
 
 def warm_up(
@@ -22,6 +23,7 @@ def warm_up(
     output_bias: bool = False,
     dropout_p: float = 0.0,
     accumulate: bool = False,
+    norm: tuple[torch.dtype, bool] | None = None,
     device: torch.device | str = "cuda",
 ) -> tuple[int, float]:
     """Compile, or load from Triton's cache, what a chain of sublayers runs: forward and backward, the random state unchanged.
@@ -30,6 +32,7 @@ def warm_up(
         streams, width, dtype: n, C and dtype of the streams.
         iterations, eps, profile, mode, accumulate: as in `mhc_kernels.connect`.
         output_bias, dropout_p: whether sublayers return a bias with their output, and the probability of dropout on it.
+        norm: dtype of the weight of a RMSNorm fused into the aggregation, and whether it is zero-centered; None for none.
         device: where.
 
     Returns:
@@ -47,6 +50,7 @@ def warm_up(
     if accumulate:
         for parameter in parameters:
             parameter.main_grad = torch.zeros_like(parameter)  # type: ignore[attr-defined]
+    following = None if norm is None else RMSNorm(zeros(width, dtype=norm[0]), 1e-5, norm[1])
     settings: dict[str, Any] = {
         "iterations": iterations,
         "eps": eps,
@@ -57,10 +61,9 @@ def warm_up(
     devices = [device] if torch.device(device).type == "cuda" else []
     with torch.random.fork_rng(devices=devices), torch.enable_grad():
         for p in {0.0, dropout_p}:  # evaluation has none
-            streams_, u, post, res = ops.connect(x, *parameters, **settings, accumulate=accumulate)
-            streams_, u2, post, res = ops.boundary(
-                streams_, res, post, y, bias, *parameters, **settings, dropout_p=p, accumulate=accumulate
-            )
+            more: dict[str, Any] = {**settings, "accumulate": accumulate, "norm": following}
+            streams_, u, post, res = ops.connect(x, *parameters, **more)
+            streams_, u2, post, res = ops.boundary(streams_, res, post, y, bias, *parameters, **more, dropout_p=p)
             out = ops.mix(streams_, res, post, y, bias, dropout_p=p, backend="triton")
             mean = ops.aggregate(out, torch.full_like(post, 1 / streams), backend="triton")
             torch.autograd.backward((mean, u, u2), (mean, u, u2))

@@ -9,17 +9,9 @@ import torch
 from torch import Tensor
 
 from mhc_kernels import aggregate, boundary, connect, mappings, mix, reference, sinkhorn
-from tests.unit.kernels.cases import DEVICE, F64, ON_GPU, PARAMETERS, Case, error
+from tests.unit.kernels.cases import BOUNDS, DEVICE, F64, ON_GPU, PARAMETERS, Case, error
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
-
-# Of streams; of phi; of alpha and bias: relative, in the norm. The interpreter
-# truncates float32 to bf16 where a GPU rounds: twice the error.
-BOUNDS = {
-    torch.float32: (1e-5, 1e-5, 1e-5),
-    torch.float16: (3e-3, 2e-3, 1e-3),
-    torch.bfloat16: (3e-3, 2e-3, 1e-3) if ON_GPU else (6e-3, 4e-3, 2e-3),
-}
 
 
 def check_boundary(case: Case, profile: str = "paper", mode: str = "mhc") -> None:

@@ -76,21 +76,24 @@ def test_operators_pass_opcheck() -> None:
     mixed = (x, a["res"], a["post"], a["y"], a["bias"], None, 0.0)
     own = tuple(a[k] for k in PARAMETERS)
     settings = (20, 1e-6, 0.0, False)
+    gamma = torch.rand(32, device=DEVICE)
     torch.library.opcheck(ops.mix.default, mixed, test_utils=tests)
     torch.library.opcheck(ops.mix_backward.default, (g[0].flatten(-2), *mixed), test_utils=tests)
     torch.library.opcheck(ops.aggregate.default, (x, a["post"]), test_utils=tests)
     torch.library.opcheck(ops.aggregate_backward.default, (g[1], x, a["post"]), test_utils=tests)
     torch.library.opcheck(ops.sinkhorn.default, (a["res"], 20, 0.0), test_utils=tests)
     torch.library.opcheck(ops.sinkhorn_backward.default, (g[3], a["res"], 20, 0.0), test_utils=tests)
-    torch.library.opcheck(ops.boundary.default, (*mixed, *own, True, *settings), test_utils=tests)
     alone = (x, None, None, None, None, None, 0.0)
-    torch.library.opcheck(ops.boundary.default, (*alone, *own, False, *settings), test_utils=tests)
-    out, _, pre, _, _, kept = ops.boundary.default(*mixed, *own, True, *settings)
+    no_norm = (None, 0.0, False)
+    torch.library.opcheck(ops.boundary.default, (*alone, *own, False, *settings, *no_norm), test_utils=tests)
     upstream = (g[0].flatten(-2), g[1], None, g[2], g[3])
-    rest = (out, pre, kept, *own[1:])
-    for mains in ((None, None, None), tuple(torch.zeros_like(p) for p in own)):
-        arguments = (*upstream, *mixed, *rest, *mains, 20, 0.0, False)
-        torch.library.opcheck(ops.boundary_backward.default, arguments, test_utils=tests)
+    for norm in (no_norm, (gamma, 1e-5, False)):
+        torch.library.opcheck(ops.boundary.default, (*mixed, *own, True, *settings, *norm), test_utils=tests)
+        out, _, pre, _, _, kept = ops.boundary.default(*mixed, *own, True, *settings, *norm)
+        rest = (out, pre, kept, *own[1:])
+        for mains in ((None, None, None), tuple(torch.zeros_like(p) for p in own)):
+            arguments = (*upstream, *mixed, *rest, *mains, 20, 0.0, False, norm[0], norm[2])
+            torch.library.opcheck(ops.boundary_backward.default, arguments, test_utils=tests)
 
 
 @pytest.mark.gpu
