@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from typing import Any
 
@@ -72,6 +73,68 @@ def test_module_hooks_run_before_parameters_are_read(backend: str) -> None:
         module.register_forward_pre_hook(lambda module, arguments: called.update([names[module]]))
     models.forward(model, models.tokens(0))
     assert called == Counter(names.values())
+
+
+class TestNorm:
+    """A plain RMSNorm goes into the kernels that compute its input."""
+
+    def build(self) -> tuple[torch.nn.Module, list[torch.nn.Module]]:
+        config = models.make_config(**models.DENSE, num_layers=2)
+        model = models.build(config, MHCConfig(**MHC, backend="triton"))
+        norms = [m.norm for m in model.modules() if isinstance(m, HyperConnectionInput)]
+        assert all(type(norm) is torch.nn.RMSNorm for norm in norms)
+        with torch.no_grad():
+            for norm in norms:
+                norm.weight.uniform_(0.5, 1.5)
+        return model, norms
+
+    def test_equals_the_module(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        model, norms = self.build()
+        called: Counter = Counter()
+        original = torch.nn.RMSNorm.forward
+
+        def counted(self: Any, u: torch.Tensor) -> torch.Tensor:
+            called[self] += 1
+            return original(self, u)
+
+        monkeypatch.setattr(torch.nn.RMSNorm, "forward", counted)
+        ours = gradients(model)
+        assert not any(called[norm] for norm in norms)
+        for norm in norms:  # a hook of somebody's wants the module to be called
+            norm.register_forward_hook(lambda module, inputs, output: None)
+        expected = gradients(model)
+        assert all(called[norm] == 1 for norm in norms)
+        assert_same(ours, expected)
+
+    def test_waits_for_an_overlapped_gather(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Megatron's hooks, under a gather that puts a bucket's parameters in place when it is waited for, and not before."""
+        from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+        from megatron.core.distributed.param_and_grad_buffer import _ParamAndGradBucketGroup
+
+        model, _ = self.build()
+        expected = models.forward(model, models.tokens(0))
+        overlap = DistributedDataParallelConfig(
+            use_distributed_optimizer=True, overlap_grad_reduce=True, overlap_param_gather=True, bucket_size=1
+        )
+        ddp = DistributedDataParallel(models.make_config(**models.DENSE, num_layers=2), overlap, model)
+        gathered = {parameter: parameter.detach().clone() for parameter in ddp.parameters()}
+
+        def wait(self: Any, **kwargs: Any) -> None:
+            for parameter in self.params:
+                parameter.data.copy_(gathered[parameter])
+
+        monkeypatch.setattr(_ParamAndGradBucketGroup, "finish_param_sync", wait)
+        for parameter in gathered:
+            parameter.data.fill_(math.nan)
+        assert torch.equal(models.forward(ddp, models.tokens(0)), expected)
+
+    def test_unknown_hook_before_it_is_called(self) -> None:
+        model, norms = self.build()
+        called: Counter = Counter()
+        for norm in norms:
+            norm.register_forward_pre_hook(lambda module, inputs: called.update([module]))
+        models.forward(model, models.tokens(0))
+        assert called == Counter(norms)
 
 
 def test_reference_computes_nothing_twice(calls: Counter) -> None:
