@@ -5,7 +5,7 @@ compute-sanitizer --tool memcheck python kernels/benchmarks/small_chain.py      
 
 import torch
 
-from mhc_kernels import aggregate, boundary, connect, mappings, mix, sinkhorn
+from mhc_kernels import RMSNorm, aggregate, boundary, connect, mappings, mix, sinkhorn
 
 TOKENS, WIDTH = 70, 48
 
@@ -18,7 +18,8 @@ def main() -> None:
         )
         own = [torch.randn(*s, device="cuda").mul(0.1).requires_grad_() for s in ((rows, n * WIDTH), (3,), (rows,))]
         streams, u, post, res = connect(x, *own, backend="triton")
-        streams, u, post, res = boundary(streams, res, post, u, None, *own, backend="triton")
+        norm = RMSNorm(torch.ones(WIDTH, device="cuda").bfloat16().requires_grad_(), 1e-5)
+        streams, u, post, res = boundary(streams, res, post, u, None, *own, norm=norm, backend="triton")
         bias = y[0].detach()
         streams, u, post, res = boundary(streams, res, post, y, bias, *own, dropout_p=0.1, backend="triton")
         out = mix(streams, res, post, u, backend="triton")
