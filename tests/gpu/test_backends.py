@@ -60,7 +60,7 @@ def text(sequence: int) -> torch.Tensor:
 def train(
     settings: dict[str, Any], backend: str, sequence: int, rate: float = 1e-3, noise: float = 0.0
 ) -> tuple[list[float], float]:
-    """Losses of STEPS steps of Megatron's Adam, and the peak memory in GiB. noise: relative, on every phi at the start."""
+    """Losses of STEPS steps of Megatron's Adam, and the peak memory in GiB. noise: relative, on every parameter at the start."""
     from megatron.core.models.gpt import GPTModel
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
@@ -77,9 +77,12 @@ def train(
         if isinstance(module, HyperConnection):
             # What gradient_accumulation_fusion sets; Megatron's own output layer wants apex for it.
             module._accumulate = backend != "reference"
-            with torch.no_grad():
-                module.phi.mul_(1 + noise * torch.randn_like(module.phi))
-    ddp = models.wrap(Float16Module(config, model.cuda()), config)
+    model = Float16Module(config, model.cuda())
+    if noise:
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(1 + noise * torch.randn_like(parameter))
+    ddp = models.wrap(model, config)
     optimizer = get_megatron_optimizer(OptimizerConfig(lr=rate, bf16=True, clip_grad=1.0), [ddp])
     torch.cuda.reset_peak_memory_stats()
     losses = []
@@ -119,7 +122,7 @@ def test_backends_have_the_same_loss_curve(
     assert calls == {"connect": STEPS, "boundary": STEPS * (2 * settings["num_layers"] - 1)}
     reference, reference_peak = train(settings, "reference", sequence, rate)
     distance = [abs(a - b) / b for a, b in zip(triton, reference, strict=True)]
-    # How far two runs of the reference drift apart from a start that differs by rounding: routing decisions flip.
+    # How far the reference itself drifts from a start that differs by a rounding of every bf16 weight: routing decisions flip.
     nudged, _ = train(settings, "reference", sequence, rate, noise=2**-9)
     drift = [abs(a - b) / b for a, b in zip(nudged, reference, strict=True)]
     print(
@@ -129,7 +132,7 @@ def test_backends_have_the_same_loss_curve(
     )
     assert triton[-1] < 0.9 * triton[0]
     assert distance[0] < 1e-3
-    assert max(distance) < 2e-2
+    assert max(distance) < max(2e-2, 2 * max(drift))
     assert triton_peak <= reference_peak
 
 
