@@ -20,6 +20,14 @@ def _triton_installed() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
+@cache
+def _triton_too_old() -> str | None:
+    import triton  # not before a kernel is wanted
+
+    found = tuple(int(part) for part in triton.__version__.split(".")[:2])
+    return f"the Triton kernels need triton >= 3.4, not {triton.__version__}" if found < (3, 4) else None
+
+
 def _interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -30,6 +38,8 @@ def why_not_triton(streams: int, width: int, dtype: torch.dtype, device: torch.d
         return "triton is not installed"
     if device.type != "cuda" and not (device.type == "cpu" and _interpreted()):
         return f"the Triton kernels need a CUDA device, not {device.type!r} (or TRITON_INTERPRET=1, which is slow)"
+    if (old := _triton_too_old()) is not None:
+        return old
     if not 1 <= streams <= MAX_STREAMS:
         return f"the Triton kernels take 1 to {MAX_STREAMS} streams, not n = {streams}"
     if width % 16:

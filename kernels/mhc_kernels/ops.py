@@ -173,8 +173,10 @@ def connect(
         profile,
         mode,
         x.dtype,
-        x.device,
-        phi.device,
+        x.get_device(),  # an index: quicker to hash than a device
+        phi.get_device(),
+        alpha.get_device(),
+        bias.get_device(),
         x.shape,
         phi.shape,
         alpha.shape,
@@ -210,7 +212,6 @@ def _check_norm(norm: RMSNorm | None, x: Tensor, width: int) -> None:
     if norm is not None:
         norm.check(width)
         check_same_device(x=x, norm_weight=norm.weight)
-        check_contiguous(norm_weight=norm.weight)
 
 
 def _split_norm(norm: RMSNorm | None, n: int) -> tuple[tuple[Tensor | None, Any], RMSNorm | None]:
@@ -218,6 +219,7 @@ def _split_norm(norm: RMSNorm | None, n: int) -> tuple[tuple[Tensor | None, Any]
     functions = _functions()
     if norm is None or n > FUSED_NORM_STREAMS:
         return (None, functions.NO_NORM), norm
+    check_contiguous(norm_weight=norm.weight)
     return (norm.weight, functions.Norm(norm.eps, norm.centered)), None
 
 
@@ -253,8 +255,9 @@ def boundary(
     """
     key = (
         "boundary", backend, flat, iterations, eps, profile, mode, dropout_p,
-        x.dtype, y.dtype, x.device, y.device, next_phi.device, x.shape, res.shape, post.shape, y.shape,
-        None if bias is None else bias.shape, next_phi.shape, next_alpha.shape, next_bias.shape,
+        x.dtype, y.dtype, x.get_device(), res.get_device(), post.get_device(), y.get_device(),
+        next_phi.get_device(), next_alpha.get_device(), next_bias.get_device(), x.shape, res.shape, post.shape, y.shape,
+        None if bias is None else (bias.shape, bias.get_device()), next_phi.shape, next_alpha.shape, next_bias.shape,
         _norm_key(norm),
     )  # fmt: skip
     settings = None if torch.compiler.is_compiling() else _TRITON_CALLS.get(key)
@@ -263,6 +266,8 @@ def boundary(
         reference.check_mix(streams, res, post, y, bias, dropout_p)
         reference.check_mappings(streams, next_phi, next_alpha, next_bias, iterations, profile, mode)
         check_same_device(x=x, res=res, post=post, y=y, next_phi=next_phi, next_alpha=next_alpha, next_bias=next_bias)
+        if bias is not None:
+            check_same_device(x=x, bias=bias)
         _check_norm(norm, x, streams.shape[-1])
         if not _use_triton(backend, streams):
             out = _same_form(reference.mix(streams, res, post, y, bias, dropout_p=dropout_p), x)

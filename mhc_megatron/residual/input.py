@@ -62,8 +62,10 @@ class HyperConnectionInput(NormWrapper):
         if self.num_streams > FUSED_NORM_STREAMS or not self.hyper_connection.fuses(hidden):
             return None
         norm = plain_rms_norm(self.norm)
-        if norm is not None:
-            wait_for_weight(self.norm)
+        # With a weight of another dtype, what a norm returns is its own decision.
+        if norm is None or norm.weight.dtype != hidden.dtype:
+            return None
+        wait_for_weight(self.norm)
         return norm
 
     def set_successor(self, reader: HyperConnectionInput) -> None:

@@ -15,9 +15,9 @@ def plain_rms_norm(norm: nn.Module) -> RMSNorm | None:
     A subclass may do more, a hook wants the module to be called: neither is plain. Of hooks, those of Megatron's overlapped
     parameter gather are known: they wait for the weight, see `wait_for_weight`.
     """
-    if norm._forward_hooks or norm._backward_hooks or norm._backward_pre_hooks:
+    if norm._forward_hooks or norm._backward_hooks or norm._backward_pre_hooks or "forward" in norm.__dict__:
         return None
-    if not all(map(_waits, norm._forward_pre_hooks.values())):
+    if norm._forward_pre_hooks_with_kwargs or not all(map(_waits, norm._forward_pre_hooks.values())):
         return None
     weight = getattr(norm, "weight", None)
     eps = getattr(norm, "eps", None)
@@ -37,7 +37,7 @@ def wait_for_weight(norm: nn.Module) -> None:
 
 
 def _waits(hook: object) -> bool:
-    return str(getattr(hook, "__module__", "")).startswith("megatron.core.distributed")
+    return getattr(hook, "__module__", "") == "megatron.core.distributed.distributed_data_parallel"
 
 
 def _transformer_engine_norms() -> tuple[type, ...]:

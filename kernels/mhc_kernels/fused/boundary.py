@@ -71,8 +71,10 @@ _FORWARD = (
 @plans
 def _forward_plan(
     s: Sizes, mixes: bool, biased: bool, drops: bool, p: float, aggregates: bool, iterations: int, eps: float,
-    eps_sinkhorn: float, hc: bool, normalises: bool, norm_eps: float, centered: bool,
+    eps_sinkhorn: float, hc: bool, gamma: torch.dtype | None, norm_eps: float, centered: bool,
 ) -> Plan:  # fmt: skip
+    # gamma's is the one dtype that does not follow from the streams': the kernels of a plan are compiled for it.
+    normalises = gamma is not None
     n, padded, c = s.packed
     out = "out" if mixes else "x"
     block = configs.pack(s.padded_rows, padded, c)
@@ -158,7 +160,7 @@ def boundary(
     if s.t:
         plan = _forward_plan(
             s, y is not None, y_bias is not None, seed is not None, p, aggregates, iterations, eps, eps_sinkhorn, hc,
-            gamma is not None, norm_eps, centered,
+            None if gamma is None else gamma.dtype, norm_eps, centered,
         )  # fmt: skip
         plan.run(
             x, x if res is None else res, x if post is None else post, x if y is None else y,
@@ -197,8 +199,9 @@ _BACKWARD = (
 @plans
 def _backward_plan(
     s: Sizes, g: bool, aggregates: bool, mixes: bool, biased: bool, drops: bool, accumulates: bool, p: float,
-    iterations: int, eps_sinkhorn: float, hc: bool, normalises: bool, centered: bool,
+    iterations: int, eps_sinkhorn: float, hc: bool, gamma: torch.dtype | None, centered: bool,
 ) -> Plan:  # fmt: skip
+    normalises = gamma is not None
     config, block = configs.mapping_backward(s), configs.token_block_backward(s.n)
     maps, rows = cdiv(s.t, block), cdiv(s.t, config.BM) if aggregates else 0
     arrays: tuple[str, ...] = (
@@ -298,7 +301,7 @@ def boundary_backward(
         dpre = alpha if du is not None else bias.new_zeros((*lead, s.n))
     plan = _backward_plan(
         s, g is not None, du is not None, y is not None, y_bias is not None, seed is not None, accumulates, p,
-        iterations, eps_sinkhorn, hc, gamma is not None, centered,
+        iterations, eps_sinkhorn, hc, None if gamma is None else gamma.dtype, centered,
     )  # fmt: skip
     parameters = gradients[5:]
     if main_phi is not None and main_alpha is not None and main_bias is not None:

@@ -131,7 +131,7 @@ class Plan:
         for name, part in self._parts.items():
             arrays[name] = part.view(arrays[part.base])
         places = {name: place for place, name in enumerate((*self._names, *self._parts))}
-        ready = []
+        ready, plain = [], True
         for step in self._steps:
             started = time.perf_counter()
             own = [arrays[name] for name in step.arrays]
@@ -146,15 +146,14 @@ class Plan:
             if _DIRECT:
                 take = itemgetter(*(places[name] for name in step.arrays))
                 ready.append((*_direct(compiled, step.grid), take, (*step.scalars, *step.meta)))
-        if _DIRECT and aligned:
+                plain = plain and not compiled._run.global_scratch_size and not compiled._run.profile_scratch_size
+        if _DIRECT and aligned and plain:  # scratch: instrumented kernels
             self._ready[device] = ready
 
 
 def _direct(compiled: Any, grid: tuple[int, int, int]) -> tuple[Any, tuple, tuple]:
     """The function that launches, the grid, and what comes after the stream and before the kernel's arguments."""
     run = compiled._run
-    assert not run.global_scratch_size
-    assert not run.profile_scratch_size
     fixed = (
         compiled.function, run.launch_cooperative_grid, run.launch_pdl, None, None, compiled.packed_metadata, None, None, None,
     )  # fmt: skip

@@ -11,10 +11,16 @@ from tests.unit.kernels.cases import BOUNDS, DEVICE, F64, ON_GPU, PARAMETERS, Ca
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 
-def check_norm(t: int, n: int, c: int, dtype: torch.dtype, centered: bool) -> None:
+def check_norm(
+    t: int, n: int, c: int, dtype: torch.dtype, centered: bool, weight_dtype: torch.dtype | None = None
+) -> None:
     case = Case(t, n, c, dtype)
     ours, exact = case.leaves(), case.leaves(F64)
-    weight = (0.5 + torch.rand(c, generator=torch.Generator().manual_seed(1))).to(DEVICE, dtype).requires_grad_()
+    weight = (
+        (0.5 + torch.rand(c, generator=torch.Generator().manual_seed(1)))
+        .to(DEVICE, weight_dtype or dtype)
+        .requires_grad_()
+    )
     exact_weight = weight.detach().to(F64).requires_grad_()
     results = boundary(**ours, norm=RMSNorm(weight, 1e-5, centered), backend="triton")
     torch.autograd.backward(results, case.gradients)
@@ -32,8 +38,8 @@ def check_norm(t: int, n: int, c: int, dtype: torch.dtype, centered: bool) -> No
     for name, bound in zip(PARAMETERS, (of_phi, of_gates, of_gates), strict=True):
         assert error(ours[name].grad, exact[name].grad) <= bound, name
     assert weight.grad is not None
-    assert weight.grad.dtype == dtype
-    assert error(weight.grad, exact_weight.grad) <= of_streams
+    assert weight.grad.dtype == weight.dtype
+    assert error(weight.grad, exact_weight.grad) <= BOUNDS[weight.dtype][0]
 
 
 # Not n = 1: there the norm undoes H_pre, and its gradient is what eps leaves of terms that cancel.
@@ -53,6 +59,54 @@ def test_norm_at_ragged_shapes(t: int, c: int) -> None:
 @pytest.mark.parametrize(("t", "n", "c"), [(70, 4, 48), (1024, 4, 2560), (500, 4, 7168), (129, 2, 1280)])
 def test_norm_in_bfloat16(t: int, n: int, c: int) -> None:
     check_norm(t, n, c, torch.bfloat16, True)
+
+
+def test_weights_of_several_dtypes_one_after_the_other() -> None:
+    """What was prepared for one dtype must not run for another."""
+    for weight_dtype in (torch.float16, torch.float32, torch.float16):
+        check_norm(40, 4, 48, torch.float16, False, weight_dtype)
+
+
+def test_weight_becomes_strided() -> None:
+    case = Case(40, 4, 64)
+    own = [case.arguments[k] for k in PARAMETERS]
+    for weight, fails in ((torch.ones(64, device=DEVICE), False), (torch.ones(128, device=DEVICE)[::2], True)):
+        if fails:
+            with pytest.raises(ValueError, match="norm_weight must be contiguous"):
+                connect(case.arguments["x"], *own, norm=RMSNorm(weight, 1e-6), backend="triton")
+        else:
+            connect(case.arguments["x"], *own, norm=RMSNorm(weight, 1e-6), backend="triton")
+
+
+def test_gradients_of_connect_with_main_grad() -> None:
+    """The start of a chain, with Megatron's float32 gradients of phi, alpha and bias, and a frozen weight."""
+    case = Case(40, 4, 64)
+    found = []
+    for accumulate in (False, True):
+        leaves = {k: v for k, v in case.leaves().items() if k in ("x", *PARAMETERS)}
+        for k in PARAMETERS:
+            leaves[k].main_grad = torch.zeros_like(leaves[k])  # type: ignore[attr-defined]
+        norm = RMSNorm(torch.linspace(0.5, 1.5, 64, device=DEVICE), 1e-6)
+        results = connect(*leaves.values(), norm=norm, accumulate=accumulate, backend="triton")
+        torch.autograd.backward(results, case.gradients)
+        parameters = [leaves[k].main_grad if accumulate else leaves[k].grad for k in PARAMETERS]
+        found.append([leaves["x"].grad, *parameters])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    exact = {k: v for k, v in case.leaves(F64).items() if k in ("x", *PARAMETERS)}
+    pre, post, res = reference.mappings(*exact.values())
+    wide = RMSNorm(norm.weight.to(F64), 1e-6)
+    u = wide(reference.aggregate(exact["x"], pre))
+    torch.autograd.backward((exact["x"], u, post, res), [g.to(F64) for g in case.gradients])
+    for ours, leaf in zip(found[0], exact.values(), strict=True):
+        assert error(ours, leaf.grad) <= 1e-5
+
+
+def test_no_tokens() -> None:
+    case = Case(0, 4, 48)
+    weight = torch.ones(48, device=DEVICE).requires_grad_()
+    torch.autograd.backward(boundary(**case.leaves(), norm=RMSNorm(weight, 1e-5), backend="triton"), case.gradients)
+    assert weight.grad is not None
+    assert not weight.grad.any()
 
 
 def test_connect_is_the_norm_of_what_it_is_without() -> None:
