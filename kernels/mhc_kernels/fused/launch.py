@@ -2,7 +2,7 @@
 
 A `Plan` has the launches of one operator for given sizes and options. Its first run goes through Triton, which inspects every
 argument, compiles what is missing and returns the compiled kernels; later runs hand them the arrays' addresses and nothing else.
-The direct path uses what Triton 3.6 has inside a compiled kernel; with any other release every run goes through Triton.
+The direct path uses what Triton 3.6 has inside a compiled kernel; with any other release, and on AMD GPUs, every run goes through Triton.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor
 from triton import knobs
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
-_DIRECT = triton.__version__.split(".")[:2] == ["3", "6"] and not INTERPRET
+_DIRECT = triton.__version__.split(".")[:2] == ["3", "6"] and torch.version.hip is None and not INTERPRET
 _ALIGNMENT = 16  # bytes; what Triton specialises pointers on
 
 
