@@ -2,7 +2,8 @@
 
 A `Plan` has the launches of one operator for given sizes and options. Its first run goes through Triton, which inspects every
 argument, compiles what is missing and returns the compiled kernels; later runs hand them the arrays' addresses and nothing else.
-The direct path uses what Triton 3.6 has inside a compiled kernel; with any other release, and on AMD GPUs, every run goes through Triton.
+The direct path uses what Triton 3.6 has inside a compiled kernel; with any other release, and on AMD GPUs, every run goes through
+Triton.
 """
 
 from __future__ import annotations
