@@ -48,6 +48,8 @@ def _pretrain(options: argparse.Namespace) -> int:
     sys.argv = [options.script, *options.arguments]
     sys.path.insert(0, os.path.dirname(os.path.abspath(options.script)))
     runpy.run_path(options.script, run_name="__main__")
+    if options.cpu:
+        cpu.shut_down()
     return 0
 
 

@@ -60,6 +60,20 @@ def install() -> None:
     _installed = True
 
 
+def shut_down() -> None:
+    """End the process groups. Left to the interpreter's exit, gloo's threads now and then abort a run that had finished."""
+    import gc
+
+    import torch.distributed as dist
+    from megatron.core import parallel_state
+
+    if dist.is_initialized():
+        dist.barrier()
+        parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()
+        gc.collect()
+
+
 def _patch_torch() -> None:
     import torch
     from torch.overrides import TorchFunctionMode
