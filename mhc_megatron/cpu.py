@@ -61,7 +61,7 @@ def install() -> None:
 
 
 def shut_down() -> None:
-    """End the process groups. Left to the interpreter's exit, gloo's threads now and then abort a run that had finished."""
+    """End the process groups. Left to the interpreter's exit, ranks were seen to abort at a run's end (exit code -6)."""
     import gc
 
     import torch.distributed as dist

@@ -24,9 +24,9 @@ class RMSNorm(NamedTuple):
     def __call__(self, u: Tensor) -> Tensor:
         """u ``[..., C]`` normalised over C, computed in float32 (float64 if u is), in u's dtype."""
         wide = torch.promote_types(u.dtype, torch.float32)
-        x, gamma = u.to(wide), self.weight.to(wide)
-        rho = torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps)
-        return (x * rho * (1 + gamma if self.centered else gamma)).to(u.dtype)
+        gamma = self.weight.to(wide)
+        gamma = 1 + gamma if self.centered else gamma
+        return torch.nn.functional.rms_norm(u.to(wide), u.shape[-1:], gamma, self.eps).to(u.dtype)
 
     def check(self, width: int) -> None:
         """Raises ValueError unless the weight is ``[width]`` and of a floating dtype."""

@@ -2,8 +2,7 @@
 has the same bits.
 
 Chosen on an H200 (sm_90) in bf16 with n = 4, 2 and 8, see kernels/README.md; A100 (sm_80) and later data-centre GPUs take the
-same ones where their shared memory holds them. The others are for GPUs with less of it, and not measured: that
-they compile for sm_80 and sm_86 is all that is known.
+same ones where their shared memory holds them. The others are for GPUs with less of it: neither measured nor run.
 """
 
 from __future__ import annotations

@@ -234,7 +234,7 @@ class Sinkhorn(torch.autograd.Function):
 
 
 def _without_functorch(function: type[torch.autograd.Function]) -> Callable[..., Any]:
-    """``function.apply``, without the 4 us in which it looks for functorch's wrappers, where there are none."""
+    """``function.apply``, without its search of all arguments for functorch's wrappers, where there are none."""
     plain = super(torch.autograd.Function, function).apply  # type: ignore[misc]
 
     def apply(*arguments: Any) -> Any:
