@@ -45,3 +45,21 @@ def one_process(tmp_path):
 
     with single_process(tmp_path):
         yield
+
+
+@pytest.fixture
+def hyper_connection_calls(monkeypatch):
+    """How often a boundary was computed so far, and how often its second half alone (`connect`)."""
+    from collections import Counter
+
+    from mhc_megatron.residual.hyper_connection import HyperConnection
+
+    counts: Counter = Counter()
+    original = HyperConnection.forward
+
+    def counted(self, *args, **kwargs):
+        counts["boundary" if len(args) > 1 else "connect"] += 1
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(HyperConnection, "forward", counted)
+    return counts

@@ -107,19 +107,11 @@ def train(
     ids=["quickstart size", "27B-shaped layers"],
 )
 def test_backends_have_the_same_loss_curve(
-    settings: dict[str, Any], sequence: int, rate: float, one_process: None, monkeypatch: pytest.MonkeyPatch
+    settings: dict[str, Any], sequence: int, rate: float, one_process: None, hyper_connection_calls: Counter
 ) -> None:
-    calls: Counter = Counter()
-    original = HyperConnection.forward
-
-    def counted(self: Any, *args: Any, **kwargs: Any) -> Any:
-        calls["boundary" if len(args) > 1 else "connect"] += 1
-        return original(self, *args, **kwargs)
-
-    monkeypatch.setattr(HyperConnection, "forward", counted)
     triton, triton_peak = train(settings, "auto", sequence, rate)
     # One chain through all layers: only the first sublayer is computed on its own.
-    assert calls == {"connect": STEPS, "boundary": STEPS * (2 * settings["num_layers"] - 1)}
+    assert hyper_connection_calls == {"connect": STEPS, "boundary": STEPS * (2 * settings["num_layers"] - 1)}
     reference, reference_peak = train(settings, "reference", sequence, rate)
     distance = [abs(a - b) / b for a, b in zip(triton, reference, strict=True)]
     # How far the reference itself drifts from a start that differs by a rounding of every bf16 weight: routing decisions flip.
