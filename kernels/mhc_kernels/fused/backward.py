@@ -16,290 +16,8 @@ for n = 8): with 64 coefficients a token it has no registers left for the produc
 import triton
 import triton.language as tl
 
-from mhc_kernels.fused import sinkhorn, tiles
-from mhc_kernels.fused.gates import gate_backward, logit_backward
-
-
-@triton.jit
-def _store_da(da_ptr, at, k, value, exists, NW: tl.constexpr, LOW: tl.constexpr):
-    """da [T, NW]: bf16 hi, and lo from column LOW; one float32 term if LOW is 0."""
-    hi = value.to(da_ptr.dtype.element_ty)
-    tl.store(da_ptr + at * NW + k, hi, mask=exists)
-    if LOW > 0:
-        tl.store(da_ptr + at * NW + LOW + k, (value - hi.to(tl.float32)).to(tl.bfloat16), mask=exists)
-
-
-@triton.jit
-def _total(value, exists):
-    return tl.sum(tl.where(exists, value, 0.0), 0)
-
-
-@triton.jit(do_not_specialize=["T", "MAPS"])
-def mapping_backward_kernel(
-    du_ptr, x_ptr, dpre_ptr, dpost_ptr, dres_ptr, saved_ptr, alpha_ptr, bias_ptr, pre_ptr, gamma_ptr, rho_ptr,
-    da_ptr, factor_ptr, totals_ptr, pre_totals_ptr, kappa_ptr, dgammas_ptr, T, MAPS,
-    N: tl.constexpr, P: tl.constexpr, C: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, RT: tl.constexpr, NT: tl.constexpr,
-    ITERATIONS: tl.constexpr, HC: tl.constexpr, EPS: tl.constexpr, AGGREGATE: tl.constexpr, NW: tl.constexpr,
-    LOW: tl.constexpr, NORM: tl.constexpr, CENTERED: tl.constexpr,
-    BS: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr, V: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
-    """Gradients of the projected values (da), and factor [T, 3, 4]: x's factor from the RMS, a term
-    each from H_res, H_post and H_pre at [:, :, 0].
-
-    MAPS programs: BS tokens each, H_post and H_res from dpost [T, N] and dres [T, N*N]; H_pre from dpre [T, N] as well,
-    unless AGGREGATE: then the other programs take dH_pre of BM tokens each from du [T, C] and x [T, N, C].
-
-    totals [MAPS, RT]: sums over the program's tokens for dbias (R), then dalpha (3); pre_totals [programs, NT]: dbias
-    (N), dalpha (1). NORM: du is the gradient of gamma * rho * u, u = H_pre x; then the gradient of u is
-    rho * gamma * du - kappa * u, and dgammas [programs, C] are the sums for dgamma.
-    """
-    if N > 4:
-        program, maps = tiles.take_turns(MAPS)
-    else:
-        maps = tl.program_id(0) < MAPS
-        program = tl.where(maps, tl.program_id(0), tl.program_id(0) - MAPS)
-    if maps:
-        _maps_backward(
-            dpre_ptr, dpost_ptr, dres_ptr, saved_ptr, alpha_ptr, bias_ptr, da_ptr, factor_ptr, totals_ptr, T,
-            program,
-            N, P, C, R, RP, RT, ITERATIONS, HC, EPS, AGGREGATE, NW, LOW, BS,
-        )  # fmt: skip
-    else:
-        _aggregate_backward(
-            du_ptr, x_ptr, saved_ptr, alpha_ptr, bias_ptr, pre_ptr, gamma_ptr, rho_ptr,
-            da_ptr, factor_ptr, pre_totals_ptr, kappa_ptr, dgammas_ptr, T, program,
-            N, C, R, RP, NT, HC, NW, LOW, NORM, CENTERED, BM, BC, V, STAGES,
-        )  # fmt: skip
-
-
-@triton.jit(do_not_specialize=["T", "RANGE"])
-def phi_backward_kernel(
-    da_ptr, x_ptr, partials_ptr, T, RANGE,
-    K: tl.constexpr, RP: tl.constexpr, NW: tl.constexpr, DOT32: tl.constexpr,
-    BM: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
-    """partials [parts, RP, K]: ``da^T x`` over RANGE tokens (a multiple of BM) each; x [T, K], da [T, NW]."""
-    columns = tl.program_id(0) * BK + tl.arange(0, BK)
-    inside = (columns < K)[None, :]
-    rn = tl.arange(0, NW)
-    acc = tl.zeros((NW, BK), tl.float32)
-    first = tl.program_id(1) * RANGE
-    for t in tl.range(first, tl.minimum(first + RANGE, T), BM, num_stages=STAGES):
-        rows = t + tl.arange(0, BM)
-        at = rows.to(tl.int64)[:, None]
-        exists = (rows < T)[:, None]
-        if K % BK == 0:
-            x = tl.load(x_ptr + at * K + columns[None, :], mask=exists, other=0.0)
-        else:
-            x = tl.load(x_ptr + at * K + columns[None, :], mask=exists & inside, other=0.0)
-        da = tl.load(da_ptr + at * NW + rn[None, :], mask=exists, other=0.0)
-        acc = _outer(da, x, acc, DOT32)
-    if NW > RP:
-        acc = tl.sum(tl.reshape(acc, (2, RP, BK)), axis=0)
-    r = tl.arange(0, RP)
-    out = partials_ptr + (tl.program_id(1).to(tl.int64) * RP + r[:, None]) * K + columns[None, :]
-    tl.store(out, acc, mask=inside)
-
-
-@triton.jit
-def _load_piece(pointers, exists, used, ALL: tl.constexpr):
-    if ALL:
-        da = tl.load(pointers, mask=exists, other=0.0)
-    else:
-        da = tl.load(pointers, mask=exists & used[None, :], other=0.0)
-    return da
-
-
-@triton.jit
-def _outer(da, x, acc, DOT32: tl.constexpr):
-    """``acc + da^T x``."""
-    if DOT32:
-        acc = tl.dot(tl.trans(da.to(tl.float32)), x.to(tl.float32), acc, input_precision="tf32x3")
-    else:
-        acc = tl.dot(tl.trans(da), x, acc)
-    return acc
-
-
-@triton.jit(do_not_specialize=["T", "RANGE"])
-def phi_streams_backward_kernel(
-    da_ptr, x_ptr, partials_ptr, factor_ptr, w_ptr, g_ptr, back_ptr, T, RANGE,
-    K: tl.constexpr, R: tl.constexpr, NW1: tl.constexpr, NW2: tl.constexpr, NW: tl.constexpr, DOT32: tl.constexpr,
-    G: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
-    """As `phi_backward_kernel`, for many streams: also back [T, K], ``g + da phi + factor x``, while x is here.
-
-    g [T, K] (0 unless G), factor [T, 3, 4] and w [rows, K] as in `stream_backward_kernel`; da [T, NW] (NW1 + NW2, or
-    twice that for hi | lo) and partials [parts, NW1 + NW2, K] in two pieces, as R is not near a power of two (n = 8: 64 + 16).
-    """
-    columns = tl.program_id(0) * BK + tl.arange(0, BK)
-    inside = (columns < K)[None, :]
-    EVEN: tl.constexpr = K % BK == 0
-    PR: tl.constexpr = NW1 + NW2
-    TERMS: tl.constexpr = NW // PR
-    r1 = tl.arange(0, NW1)
-    k2 = tl.arange(0, NW2 * TERMS)  # the small piece's two terms in one product
-    r2 = NW1 + k2 % NW2
-    at2 = r2 + k2 // NW2 * PR
-    w1 = tiles.load_rows(w_ptr, r1, K, columns, inside & (r1 < R)[:, None], EVEN and NW1 <= R)
-    w2 = tiles.load_rows(w_ptr, r2, K, columns, inside & (r2 < R)[:, None], EVEN and PR <= R)
-    acc1 = tl.zeros((NW1, BK), tl.float32)
-    acc2 = tl.zeros((NW2 * TERMS, BK), tl.float32)
-    first = tl.program_id(1) * RANGE
-    for t in tl.range(first, tl.minimum(first + RANGE, T), BM, num_stages=STAGES):
-        rows = t + tl.arange(0, BM)
-        at = rows.to(tl.int64)[:, None]
-        exists = (rows < T)[:, None]
-        x = tl.load(x_ptr + at * K + columns[None, :], mask=exists & inside, other=0.0)
-        da1 = _load_piece(da_ptr + at * NW + r1[None, :], exists, r1 < R, NW1 <= R)
-        da2 = _load_piece(da_ptr + at * NW + at2[None, :], exists, r2 < R, PR <= R)
-        acc1 = _outer(da1, x, acc1, DOT32)
-        acc2 = _outer(da2, x, acc2, DOT32)
-        if TERMS == 2:
-            low = _load_piece(da_ptr + at * NW + PR + r1[None, :], exists, r1 < R, NW1 <= R)
-            acc1 = _outer(low, x, acc1, DOT32)
-        back = _times_phi(da2, w2, _times_phi(da1, w1, None, DOT32), DOT32)
-        back += _factor(factor_ptr + tl.minimum(at, T - 1) * 12) * x.to(tl.float32)
-        if G:
-            back += tl.load(g_ptr + at * K + columns[None, :], mask=exists & inside, other=0.0).to(tl.float32)
-        tiles.store(back_ptr + at * K + columns[None, :], back, rows < T, inside, EVEN)
-    out = partials_ptr + tl.program_id(1).to(tl.int64) * PR * K + columns[None, :]
-    tl.store(out + r1[:, None] * K, acc1, mask=inside)
-    r2 = NW1 + tl.arange(0, NW2)
-    acc2 = tl.sum(tl.reshape(acc2, (TERMS, NW2, BK)), axis=0)
-    tl.store(out + r2[:, None] * K, acc2, mask=inside)
-
-
-@triton.jit
-def _maps_backward(
-    dpre_ptr, dpost_ptr, dres_ptr, saved_ptr, alpha_ptr, bias_ptr, da_ptr, factor_ptr, totals_ptr, T, program,
-    N: tl.constexpr, P: tl.constexpr, C: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, RT: tl.constexpr,
-    ITERATIONS: tl.constexpr, HC: tl.constexpr, EPS: tl.constexpr, AGGREGATE: tl.constexpr, NW: tl.constexpr,
-    LOW: tl.constexpr, BS: tl.constexpr,
-):  # fmt: skip
-    # Sums are stored from the whole tile, by one of the elements that hold them: a tensor of the sums alone would change
-    # layout through shared memory, several threads writing the same value to one place (a race, if a harmless one).
-    totals = totals_ptr + program * RT
-    rows = program * BS + tl.arange(0, BS)[:, None]
-    exists = rows < T
-    at = tl.minimum(rows, T - 1).to(tl.int64)
-    r = tl.load(saved_ptr + at * RP + R)
-    k = tl.arange(0, P)[None, :]
-    inside = exists & (k < N)
-    first = tl.arange(0, BS)[:, None] == 0
-    if AGGREGATE:  # the other programs' part
-        tl.store(totals + k + 0 * rows, tl.zeros((BS, P), tl.float32), mask=first & (k < N))
-        tl.store(totals + R, 0.0)
-    else:
-        dh = tl.load(dpre_ptr + at * N + k, mask=inside, other=0.0)
-        a = tl.load(saved_ptr + at * RP + k)
-        b = tl.load(bias_ptr + k, mask=k < N, other=0.0)
-        da, dr, dalpha, dbias = gate_backward(dh, a, tl.load(alpha_ptr), b, r, 1.0, HC)
-        _store_da(da_ptr, at, k, da, inside, NW, LOW)
-        tl.store(totals + k + 0 * rows, tl.sum(dbias, 0, keep_dims=True), mask=first & (k < N))
-        tl.store(totals + R, tl.sum(tl.sum(dalpha, 1), 0))
-        tl.store(
-            factor_ptr + at * 12 + 8 + k, _rms_backward(tl.sum(dr, 1, keep_dims=True), r, N, C), mask=exists & (k == 0)
-        )
-
-    dh = tl.load(dpost_ptr + at * N + k, mask=inside, other=0.0)
-    a = tl.load(saved_ptr + at * RP + N + k)
-    b = tl.load(bias_ptr + N + k, mask=k < N, other=0.0)
-    da, dr, dalpha, dbias = gate_backward(dh, a, tl.load(alpha_ptr + 1), b, r, 2.0, HC)
-    _store_da(da_ptr, at, N + k, da, inside, NW, LOW)
-    tl.store(totals + N + k + 0 * rows, tl.sum(dbias, 0, keep_dims=True), mask=first & (k < N))
-    tl.store(totals + R + 1, tl.sum(tl.sum(dalpha, 1), 0))
-    tl.store(
-        factor_ptr + at * 12 + 4 + k, _rms_backward(tl.sum(dr, 1, keep_dims=True), r, N, C), mask=exists & (k == 0)
-    )
-
-    rows = program * BS + tl.arange(0, BS)[:, None, None]
-    exists = rows < T
-    at = tl.minimum(rows, T - 1).to(tl.int64)
-    r = tl.load(saved_ptr + at * RP + R)
-    i = sinkhorn.row_index(P)
-    j = sinkhorn.column_index(P)
-    known = (i < N) & (j < N)
-    k = i * N + j
-    inside = exists & known
-    dm = tl.load(dres_ptr + at * (N * N) + k, mask=inside, other=0.0)
-    a = tl.load(saved_ptr + at * RP + 2 * N + k, mask=known, other=0.0)
-    b = tl.load(bias_ptr + 2 * N + k, mask=known, other=0.0)
-    alpha = tl.load(alpha_ptr + 2)
-    if HC:
-        da, dr, dalpha, dbias = gate_backward(dm, a, alpha, b, r, 1.0, HC)
-    else:
-        dl = sinkhorn.backward(alpha * (r * a) + b, dm, ITERATIONS, EPS, N, P)
-        da, dr, dalpha, dbias = logit_backward(dl, a, alpha, r)
-    _store_da(da_ptr, at, 2 * N + k, da, inside, NW, LOW)
-    first = tl.arange(0, BS)[:, None, None] == 0
-    tl.store(totals + 2 * N + k + 0 * rows, tl.sum(dbias, 0, keep_dims=True), mask=first & known)
-    tl.store(totals + R + 2, tl.sum(tl.sum(tl.sum(dalpha, 2), 1), 0))
-    dr = tl.sum(tl.sum(dr, 2, keep_dims=True), 1, keep_dims=True)
-    tl.store(factor_ptr + at * 12 + k, _rms_backward(dr, r, N, C), mask=exists & (k == 0))
-
-
-@triton.jit
-def _rms_backward(dr, r, N: tl.constexpr, C: tl.constexpr):
-    """The factor of x in its gradient, given that of ``r = 1 / rms(x)``."""
-    return -dr * r * r * r / (N * C)
-
-
-@triton.jit
-def _aggregate_backward(
-    du_ptr, x_ptr, saved_ptr, alpha_ptr, bias_ptr, pre_ptr, gamma_ptr, rho_ptr,
-    da_ptr, factor_ptr, pre_totals_ptr, kappa_ptr, dgammas_ptr, T, program,
-    N: tl.constexpr, C: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, NT: tl.constexpr, HC: tl.constexpr, NW: tl.constexpr,
-    LOW: tl.constexpr, NORM: tl.constexpr, CENTERED: tl.constexpr,
-    BM: tl.constexpr, BC: tl.constexpr, V: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
-    rows = program * BM + tl.arange(0, BM)
-    exists = rows < T
-    at = tl.minimum(rows, T - 1).to(tl.int64)
-    totals = pre_totals_ptr + program * NT
-    EVEN: tl.constexpr = C % BC == 0
-    dots = tiles.zeros(N, BM, BC // V)
-    if NORM:
-        u_dots = tiles.zeros(N, BM, BC // V)
-        pre = tiles.load_columns(pre_ptr + at * N, N)
-        rho = tl.load(rho_ptr + at)
-    for c in tl.range(0, C, BC, num_stages=STAGES):
-        columns = c + tl.arange(0, BC)
-        mask = (columns < C)[None, :]
-        du = tiles.load(du_ptr + at[:, None] * C + columns[None, :], mask, EVEN)
-        x = tiles.load_streams(x_ptr + at[:, None] * (N * C) + columns[None, :], mask, N, C, EVEN)
-        if NORM:  # du is that of the norm's output
-            u = tiles.weighted_sum(pre, x, N)
-            dgamma = tl.where(exists[:, None], du * u * rho[:, None], 0.0)
-            tl.store(dgammas_ptr + program * C + columns, tl.sum(dgamma, 0), mask=columns < C)
-            du *= tiles.load_gamma(gamma_ptr, columns, C, CENTERED, EVEN)
-            new = ()
-            for i in tl.static_range(N):
-                new = new + (u_dots[i] + tiles.partial(u * x[i], BM, BC, V),)
-            u_dots = new
-        new = ()
-        for i in tl.static_range(N):
-            new = new + (dots[i] + tiles.partial(du * x[i], BM, BC, V),)
-        dots = new
-    if NORM:
-        # dv = gamma times the gradient of the norm's output; sum(dv u) = sum_i pre_i sum(dv x_i)
-        kappa = tl.sum(tiles.weighted_sum(pre, dots, N), 1) * rho * rho * rho / C
-        tl.store(kappa_ptr + at, kappa, mask=exists)
-    r = tl.load(saved_ptr + at * RP + R)
-    alpha = tl.load(alpha_ptr)
-    dr = tl.zeros((BM,), tl.float32)
-    dalpha_sum = 0.0
-    for k in tl.static_range(N):
-        a = tl.load(saved_ptr + at * RP + k)
-        dh = tl.sum(dots[k], 1)
-        if NORM:
-            dh = rho * dh - kappa * tl.sum(u_dots[k], 1)
-        da, dr_k, dalpha, dbias = gate_backward(dh, a, alpha, tl.load(bias_ptr + k), r, 1.0, HC)
-        dr += dr_k
-        _store_da(da_ptr, at, k, da, exists, NW, LOW)
-        tl.store(totals + k, _total(dbias, exists))
-        dalpha_sum += _total(dalpha, exists)
-    tl.store(totals + N, dalpha_sum)
-    tl.store(factor_ptr + at * 12 + 8, _rms_backward(dr, r, N, C), mask=exists)
+from mhc_kernels.fused import tiles
+from mhc_kernels.fused.phi_backward import factor_of, times_phi
 
 
 @triton.jit(
@@ -352,21 +70,6 @@ def stream_backward_kernel(
 
 
 @triton.jit
-def _factor(pointers):
-    return tl.load(pointers) + tl.load(pointers + 4) + tl.load(pointers + 8)
-
-
-@triton.jit
-def _times_phi(da, w, acc, DOT32: tl.constexpr):
-    """``acc + da w``; acc may be None."""
-    if DOT32:
-        back = tl.dot(da.to(tl.float32), w.to(tl.float32), acc, input_precision="tf32x3")
-    else:
-        back = tl.dot(da, w, acc)
-    return back
-
-
-@triton.jit
 def _stream_backward(
     g_ptr, du_ptr, x_ptr, y_ptr, y_bias_ptr, seed_ptr, res_ptr, post_ptr, pre_ptr, da_ptr, factor_ptr, w_ptr,
     gamma_ptr, rho_ptr, kappa_ptr, dx_ptr, dy_ptr, dres_ptr, dpost_ptr, T, p_drop, program,
@@ -392,7 +95,7 @@ def _stream_backward(
     WIDE: tl.constexpr = N > 4
     if PROJECT and not WIDE:
         rn = tl.arange(0, RP)
-        factor = _factor(factor_ptr + at * 12)[:, None]
+        factor = factor_of(factor_ptr + at * 12)[:, None]
         da_step: tl.constexpr = 2 * RP if BF16 else RP
         da = tl.load(da_ptr + at[:, None] * da_step + rn[None, :], mask=rn[None, :] < R, other=0.0)
     rk = tl.arange(0, P * BC)
@@ -431,10 +134,10 @@ def _stream_backward(
                 back = ()
                 for i in tl.static_range(N):
                     w = tiles.load_rows(w_ptr + i * C, rn, C * P, columns, mask, EVEN)
-                    back = back + (_times_phi(da, w, None, DOT32),)
+                    back = back + (times_phi(da, w, None, DOT32),)
             else:
                 w = tiles.load_rows(w_ptr, rn, C * P, c * P + rk, (c * P + rk < C * P)[None, :], EVEN)
-                back = tiles.separate(_times_phi(da, w, None, DOT32), N, BM, BC)
+                back = tiles.separate(times_phi(da, w, None, DOT32), N, BM, BC)
             new = ()
             for i in tl.static_range(N):
                 new = new + (g[i] + factor * out[i] + back[i],)
@@ -524,43 +227,3 @@ def _deliver(total, pointers, mask, ADD: tl.constexpr):
     if ADD:
         total += tl.load(pointers, mask=mask, other=0.0)
     tl.store(pointers, total, mask=mask)
-
-
-@triton.jit(do_not_specialize=["T"])
-def sinkhorn_backward_kernel(
-    logits_ptr, dres_ptr, dlogits_ptr, T,
-    N: tl.constexpr, P: tl.constexpr, ITERATIONS: tl.constexpr, EPS: tl.constexpr, BS: tl.constexpr,
-):  # fmt: skip
-    """logits, dres [T, N*N] -> dlogits [T, N*N]."""
-    at, inside = sinkhorn.places(T, N, P, BS)
-    logits = tl.load(logits_ptr + at, mask=inside, other=0.0).to(tl.float32)
-    dm = tl.load(dres_ptr + at, mask=inside, other=0.0)
-    g = sinkhorn.backward(logits, dm, ITERATIONS, EPS, N, P)
-    tl.store(dlogits_ptr + at, g.to(dlogits_ptr.dtype.element_ty), mask=inside)
-
-
-@triton.jit(do_not_specialize=["T"])
-def aggregate_backward_kernel(
-    du_ptr, x_ptr, pre_ptr, dx_ptr, dpre_ptr, T,
-    N: tl.constexpr, C: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr, V: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
-    """du [T, C], x [T, N, C], pre [T, N] -> dx [T, N, C], dpre [T, N] (`mhc_kernels.aggregate`)."""
-    rows = tl.program_id(0) * BM + tl.arange(0, BM)
-    exists = rows < T
-    at = tl.minimum(rows, T - 1).to(tl.int64)
-    EVEN: tl.constexpr = C % BC == 0
-    pre = tiles.load_columns(pre_ptr + at * N, N)
-    dots = tiles.zeros(N, BM, BC // V)
-    for c in tl.range(0, C, BC, num_stages=STAGES):
-        columns = c + tl.arange(0, BC)
-        mask = (columns < C)[None, :]
-        at_x = at[:, None] * (N * C) + columns[None, :]
-        du = tiles.load(du_ptr + at[:, None] * C + columns[None, :], mask, EVEN)
-        x = tiles.load_streams(x_ptr + at_x, mask, N, C, EVEN)
-        new = ()
-        for i in tl.static_range(N):
-            tiles.store(dx_ptr + at_x + i * C, pre[i] * du, exists, mask, EVEN)
-            new = new + (dots[i] + tiles.partial(du * x[i], BM, BC, V),)
-        dots = new
-    for i in tl.static_range(N):
-        tl.store(dpre_ptr + at * N + i, tl.sum(dots[i], 1), mask=exists)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mhc_kernels.fused import backward, configs, forward, pack
+from mhc_kernels.fused import configs, forward, mapping_backward, pack, phi_backward
 from mhc_kernels.fused.launch import Part, Plan, Step, divide
 from mhc_kernels.fused.library import Sizes, cdiv, operator, sizes
 from mhc_kernels.fused.single import mix_project_step, plans, stream_backward_step
@@ -214,7 +214,9 @@ def _backward_plan(
         iterations, hc, eps_sinkhorn, aggregates, s.da_width, s.da_low, normalises, centered,
         block, config.BM, config.BC, config.V, config.STAGES,
     )  # fmt: skip
-    mapping = Step(backward.mapping_backward_kernel, (maps + rows, 1, 1), arrays, (s.t, maps), meta, config.warps)
+    mapping = Step(
+        mapping_backward.mapping_backward_kernel, (maps + rows, 1, 1), arrays, (s.t, maps), meta, config.warps
+    )
 
     k = s.n * s.c
     columns = configs.phi_backward(s)
@@ -225,10 +227,12 @@ def _backward_plan(
     if s.wide:
         arrays = ("da", "out", "partials", "factor", "w_back", "g", "back")
         meta = (k, s.rows, *s.da_widths, s.da_width, s.dot32, g, *blocks)
-        phi = Step(backward.phi_streams_backward_kernel, grid, arrays, (s.t, length), meta, columns.warps)
+        phi = Step(phi_backward.phi_streams_backward_kernel, grid, arrays, (s.t, length), meta, columns.warps)
     else:
         meta = (k, s.padded_rows, s.da_width, s.dot32, *blocks)
-        phi = Step(backward.phi_backward_kernel, grid, ("da", "out", "partials"), (s.t, length), meta, columns.warps)
+        phi = Step(
+            phi_backward.phi_backward_kernel, grid, ("da", "out", "partials"), (s.t, length), meta, columns.warps
+        )
 
     counts = (maps, rows, parts)
     streams = stream_backward_step(

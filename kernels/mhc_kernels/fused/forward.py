@@ -252,18 +252,17 @@ def _project_aggregate(
     for k in tl.static_range(N):
         a = _projected(sums + k, step, LOW, SPLIT)
         pre = pre + (gate(a, tl.load(alpha_ptr), tl.load(bias_ptr + k), r, 1.0, EPS, HC)[:, None],)
+    squares = _aggregate(x_ptr, u_ptr, at, exists, pre, N, C, BM, BC, STAGES)
     if NORM:
-        _aggregate_norm(x_ptr, u_ptr, gamma_ptr, rho_ptr, at, exists, pre, norm_eps, N, C, CENTERED, BM, BC, STAGES)
-    else:
-        _aggregate(x_ptr, u_ptr, at, exists, pre, N, C, BC, STAGES)
+        _normalise(u_ptr, gamma_ptr, rho_ptr, at, exists, squares, norm_eps, C, CENTERED, BC)
 
 
 @triton.jit
-def _aggregate_norm(
-    x_ptr, u_ptr, gamma_ptr, rho_ptr, at, exists, pre, norm_eps,
-    N: tl.constexpr, C: tl.constexpr, CENTERED: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr, STAGES: tl.constexpr,
+def _aggregate(
+    x_ptr, u_ptr, at, exists, pre,
+    N: tl.constexpr, C: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """As `_aggregate`, then RMSNorm: a second pass over u, which is in the cache."""
+    """Stores u; returns ``sum(u^2)``, ``[BM]``, which costs nothing if nobody takes it."""
     EVEN: tl.constexpr = C % BC == 0
     squares = tl.zeros((BM, BC), tl.float32)
     for c in tl.range(0, C, BC, num_stages=STAGES):
@@ -273,7 +272,16 @@ def _aggregate_norm(
         u = tiles.weighted_sum(pre, x, N)
         tiles.store(u_ptr + at[:, None] * C + columns[None, :], u, exists, mask, EVEN)
         squares += u * u
-    rho = tl.rsqrt(tl.sum(squares, 1) / C + norm_eps)
+    return tl.sum(squares, 1)
+
+
+@triton.jit
+def _normalise(
+    u_ptr, gamma_ptr, rho_ptr, at, exists, squares, norm_eps, C: tl.constexpr, CENTERED: tl.constexpr, BC: tl.constexpr
+):
+    """RMSNorm of the rows of u that this program has stored, which are in the cache."""
+    EVEN: tl.constexpr = C % BC == 0
+    rho = tl.rsqrt(squares / C + norm_eps)
     tl.store(rho_ptr + at, rho, mask=exists)
     tl.debug_barrier()
     for c in tl.range(0, C, BC):
@@ -284,17 +292,6 @@ def _aggregate_norm(
         tiles.store(pointers, tiles.load(pointers, mask, EVEN) * rho[:, None] * gamma, exists, mask, EVEN)
 
 
-@triton.jit
-def _aggregate(x_ptr, u_ptr, at, exists, pre, N: tl.constexpr, C: tl.constexpr, BC: tl.constexpr, STAGES: tl.constexpr):
-    EVEN: tl.constexpr = C % BC == 0
-    for c in tl.range(0, C, BC, num_stages=STAGES):
-        columns = c + tl.arange(0, BC)
-        mask = (columns < C)[None, :]
-        x = tiles.load_streams(x_ptr + at[:, None] * (N * C) + columns[None, :], mask, N, C, EVEN)
-        u = tiles.weighted_sum(pre, x, N)
-        tiles.store(u_ptr + at[:, None] * C + columns[None, :], u, exists, mask, EVEN)
-
-
 @triton.jit(do_not_specialize=["T"])
 def aggregate_kernel(
     x_ptr, pre_ptr, u_ptr, T, N: tl.constexpr, C: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr, STAGES: tl.constexpr
@@ -303,7 +300,7 @@ def aggregate_kernel(
     rows = tl.program_id(0) * BM + tl.arange(0, BM)
     at = tl.minimum(rows, T - 1).to(tl.int64)
     pre = tiles.load_columns(pre_ptr + at * N, N)
-    _aggregate(x_ptr, u_ptr, at, rows < T, pre, N, C, BC, STAGES)
+    _aggregate(x_ptr, u_ptr, at, rows < T, pre, N, C, BM, BC, STAGES)
 
 
 @triton.jit(do_not_specialize=["T"])

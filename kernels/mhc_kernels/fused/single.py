@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from triton import next_power_of_2
 
-from mhc_kernels.fused import backward, configs, forward
+from mhc_kernels.fused import backward, configs, forward, single_backward
 from mhc_kernels.fused.launch import Plan, Step
 from mhc_kernels.fused.library import Sizes, cdiv, operator, sizes
 
@@ -152,7 +152,7 @@ def _aggregate_backward_plan(s: Sizes) -> Plan:
     meta = (s.n, s.c, config.BM, config.BC, config.V, config.STAGES)
     arrays = ("du", "x", "pre", "dx", "dpre")
     grid = (cdiv(s.t, config.BM), 1, 1)
-    return Plan(arrays, [Step(backward.aggregate_backward_kernel, grid, arrays, (s.t,), meta, config.warps)])
+    return Plan(arrays, [Step(single_backward.aggregate_backward_kernel, grid, arrays, (s.t,), meta, config.warps)])
 
 
 @operator(
@@ -172,7 +172,7 @@ def aggregate_backward(du: Tensor, x: Tensor, pre: Tensor) -> tuple[Tensor, Tens
 def _sinkhorn_plan(t: int, n: int, dtype: torch.dtype, iterations: int, eps: float, differentiates: bool) -> Plan:
     block = (configs.token_block_backward if differentiates else configs.token_block)(n)
     arrays = ("logits", "dres", "dlogits") if differentiates else ("logits", "res")
-    kernel = backward.sinkhorn_backward_kernel if differentiates else forward.sinkhorn_kernel
+    kernel = single_backward.sinkhorn_backward_kernel if differentiates else forward.sinkhorn_kernel
     meta = (n, next_power_of_2(n), iterations, eps, block)
     return Plan(arrays, [Step(kernel, (cdiv(t, block), 1, 1), arrays, (t,), meta, 4)])
 

@@ -1,0 +1,118 @@
+"""Step 2 of a boundary's backward (`backward.py`): the gradient of phi; for many streams that of the projection's input, too."""
+
+import triton
+import triton.language as tl
+
+from mhc_kernels.fused import tiles
+
+
+@triton.jit
+def times_phi(da, w, acc, DOT32: tl.constexpr):
+    """``acc + da w``; acc may be None."""
+    if DOT32:
+        back = tl.dot(da.to(tl.float32), w.to(tl.float32), acc, input_precision="tf32x3")
+    else:
+        back = tl.dot(da, w, acc)
+    return back
+
+
+@triton.jit
+def factor_of(pointers):
+    return tl.load(pointers) + tl.load(pointers + 4) + tl.load(pointers + 8)
+
+
+@triton.jit(do_not_specialize=["T", "RANGE"])
+def phi_backward_kernel(
+    da_ptr, x_ptr, partials_ptr, T, RANGE,
+    K: tl.constexpr, RP: tl.constexpr, NW: tl.constexpr, DOT32: tl.constexpr,
+    BM: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """partials [parts, RP, K]: ``da^T x`` over RANGE tokens (a multiple of BM) each; x [T, K], da [T, NW]."""
+    columns = tl.program_id(0) * BK + tl.arange(0, BK)
+    inside = (columns < K)[None, :]
+    rn = tl.arange(0, NW)
+    acc = tl.zeros((NW, BK), tl.float32)
+    first = tl.program_id(1) * RANGE
+    for t in tl.range(first, tl.minimum(first + RANGE, T), BM, num_stages=STAGES):
+        rows = t + tl.arange(0, BM)
+        at = rows.to(tl.int64)[:, None]
+        exists = (rows < T)[:, None]
+        if K % BK == 0:
+            x = tl.load(x_ptr + at * K + columns[None, :], mask=exists, other=0.0)
+        else:
+            x = tl.load(x_ptr + at * K + columns[None, :], mask=exists & inside, other=0.0)
+        da = tl.load(da_ptr + at * NW + rn[None, :], mask=exists, other=0.0)
+        acc = _outer(da, x, acc, DOT32)
+    if NW > RP:
+        acc = tl.sum(tl.reshape(acc, (2, RP, BK)), axis=0)
+    r = tl.arange(0, RP)
+    out = partials_ptr + (tl.program_id(1).to(tl.int64) * RP + r[:, None]) * K + columns[None, :]
+    tl.store(out, acc, mask=inside)
+
+
+@triton.jit
+def _load_piece(pointers, exists, used, ALL: tl.constexpr):
+    if ALL:
+        da = tl.load(pointers, mask=exists, other=0.0)
+    else:
+        da = tl.load(pointers, mask=exists & used[None, :], other=0.0)
+    return da
+
+
+@triton.jit
+def _outer(da, x, acc, DOT32: tl.constexpr):
+    """``acc + da^T x``."""
+    if DOT32:
+        acc = tl.dot(tl.trans(da.to(tl.float32)), x.to(tl.float32), acc, input_precision="tf32x3")
+    else:
+        acc = tl.dot(tl.trans(da), x, acc)
+    return acc
+
+
+@triton.jit(do_not_specialize=["T", "RANGE"])
+def phi_streams_backward_kernel(
+    da_ptr, x_ptr, partials_ptr, factor_ptr, w_ptr, g_ptr, back_ptr, T, RANGE,
+    K: tl.constexpr, R: tl.constexpr, NW1: tl.constexpr, NW2: tl.constexpr, NW: tl.constexpr, DOT32: tl.constexpr,
+    G: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """As `phi_backward_kernel`, for many streams: also back [T, K], ``g + da phi + factor x``, while x is here.
+
+    g [T, K] (0 unless G), factor [T, 3, 4] and w [rows, K] as in `stream_backward_kernel`; da [T, NW] (NW1 + NW2, or
+    twice that for hi | lo) and partials [parts, NW1 + NW2, K] in two pieces, as R is not near a power of two (n = 8: 64 + 16).
+    """
+    columns = tl.program_id(0) * BK + tl.arange(0, BK)
+    inside = (columns < K)[None, :]
+    EVEN: tl.constexpr = K % BK == 0
+    PR: tl.constexpr = NW1 + NW2
+    TERMS: tl.constexpr = NW // PR
+    r1 = tl.arange(0, NW1)
+    k2 = tl.arange(0, NW2 * TERMS)  # the small piece's two terms in one product
+    r2 = NW1 + k2 % NW2
+    at2 = r2 + k2 // NW2 * PR
+    w1 = tiles.load_rows(w_ptr, r1, K, columns, inside & (r1 < R)[:, None], EVEN and NW1 <= R)
+    w2 = tiles.load_rows(w_ptr, r2, K, columns, inside & (r2 < R)[:, None], EVEN and PR <= R)
+    acc1 = tl.zeros((NW1, BK), tl.float32)
+    acc2 = tl.zeros((NW2 * TERMS, BK), tl.float32)
+    first = tl.program_id(1) * RANGE
+    for t in tl.range(first, tl.minimum(first + RANGE, T), BM, num_stages=STAGES):
+        rows = t + tl.arange(0, BM)
+        at = rows.to(tl.int64)[:, None]
+        exists = (rows < T)[:, None]
+        x = tl.load(x_ptr + at * K + columns[None, :], mask=exists & inside, other=0.0)
+        da1 = _load_piece(da_ptr + at * NW + r1[None, :], exists, r1 < R, NW1 <= R)
+        da2 = _load_piece(da_ptr + at * NW + at2[None, :], exists, r2 < R, PR <= R)
+        acc1 = _outer(da1, x, acc1, DOT32)
+        acc2 = _outer(da2, x, acc2, DOT32)
+        if TERMS == 2:
+            low = _load_piece(da_ptr + at * NW + PR + r1[None, :], exists, r1 < R, NW1 <= R)
+            acc1 = _outer(low, x, acc1, DOT32)
+        back = times_phi(da2, w2, times_phi(da1, w1, None, DOT32), DOT32)
+        back += factor_of(factor_ptr + tl.minimum(at, T - 1) * 12) * x.to(tl.float32)
+        if G:
+            back += tl.load(g_ptr + at * K + columns[None, :], mask=exists & inside, other=0.0).to(tl.float32)
+        tiles.store(back_ptr + at * K + columns[None, :], back, rows < T, inside, EVEN)
+    out = partials_ptr + tl.program_id(1).to(tl.int64) * PR * K + columns[None, :]
+    tl.store(out + r1[:, None] * K, acc1, mask=inside)
+    r2 = NW1 + tl.arange(0, NW2)
+    acc2 = tl.sum(tl.reshape(acc2, (TERMS, NW2, BK)), axis=0)
+    tl.store(out + r2[:, None] * K, acc2, mask=inside)
