@@ -56,15 +56,17 @@ def stream_backward_kernel(
         elif tl.program_id(0) < REDUCE:
             _reduce_gamma(dgammas_ptr, dgamma_ptr, PRE_TOTALS, tl.program_id(0) - PHI, C, BG)
         else:
+            program = tiles.descending(tl.program_id(0) - REDUCE, tl.num_programs(0) - REDUCE)
             _stream_backward(
                 g_ptr, du_ptr, x_ptr, y_ptr, y_bias_ptr, seed_ptr, res_ptr, post_ptr, pre_ptr, da_ptr, factor_ptr, w_ptr,
-                gamma_ptr, rho_ptr, kappa_ptr, dx_ptr, dy_ptr, dres_ptr, dpost_ptr, T, p_drop, tl.program_id(0) - REDUCE,
+                gamma_ptr, rho_ptr, kappa_ptr, dx_ptr, dy_ptr, dres_ptr, dpost_ptr, T, p_drop, program,
                 N, P, C, R, RP, MIX, AGGREGATE, PROJECT, G, BIAS, DROPOUT, BF16, DOT32, NORM, CENTERED, BM, BC, V, STAGES,
             )  # fmt: skip
     else:
+        program = tiles.descending(tl.program_id(0), tl.num_programs(0))
         _stream_backward(
             g_ptr, du_ptr, x_ptr, y_ptr, y_bias_ptr, seed_ptr, res_ptr, post_ptr, pre_ptr, da_ptr, factor_ptr, w_ptr,
-            gamma_ptr, rho_ptr, kappa_ptr, dx_ptr, dy_ptr, dres_ptr, dpost_ptr, T, p_drop, tl.program_id(0),
+            gamma_ptr, rho_ptr, kappa_ptr, dx_ptr, dy_ptr, dres_ptr, dpost_ptr, T, p_drop, program,
             N, P, C, R, RP, MIX, AGGREGATE, PROJECT, G, BIAS, DROPOUT, BF16, DOT32, NORM, CENTERED, BM, BC, V, STAGES,
         )  # fmt: skip
 

@@ -220,18 +220,17 @@ def _backward_plan(
 
     k = s.n * s.c
     columns = configs.phi_backward(s)
-    length = cdiv(cdiv(s.t, columns.PARTS), columns.BM) * columns.BM
-    parts = cdiv(s.t, length)
+    parts = min(columns.PARTS, cdiv(s.t, columns.BM))
     grid = (cdiv(k, columns.BK), parts, 1)
     blocks = (columns.BM, columns.BK, columns.STAGES)
     if s.wide:
         arrays = ("da", "out", "partials", "factor", "w_back", "g", "back")
         meta = (k, s.rows, *s.da_widths, s.da_width, s.dot32, g, *blocks)
-        phi = Step(phi_backward.phi_streams_backward_kernel, grid, arrays, (s.t, length), meta, columns.warps)
+        phi = Step(phi_backward.phi_streams_backward_kernel, grid, arrays, (s.t,), meta, columns.warps)
     else:
         meta = (k, s.padded_rows, s.da_width, s.dot32, *blocks)
         phi = Step(
-            phi_backward.phi_backward_kernel, grid, ("da", "out", "partials"), (s.t, length), meta, columns.warps
+            phi_backward.phi_backward_kernel, grid, ("da", "out", "partials"), (s.t,), meta, columns.warps
         )
 
     counts = (maps, rows, parts)

@@ -26,8 +26,9 @@ def mix_project_kernel(
 
     Without MIX, out is x and not written. w is `pack_kernel`'s forward array: bf16 hi | lo if BF16, else float32.
     """
-    part = tl.program_id(0) % SPLIT  # neighbours share the rows: they read adjacent pieces at the same time
-    rows = (tl.program_id(0) // SPLIT) * BM + tl.arange(0, BM)
+    program = tiles.descending(tl.program_id(0), tl.num_programs(0))
+    part = program % SPLIT  # neighbours share the rows: they read adjacent pieces at the same time
+    rows = (program // SPLIT) * BM + tl.arange(0, BM)
     exists = rows < T
     at = tl.minimum(rows, T - 1).to(tl.int64)  # loads need no row mask
     EVEN: tl.constexpr = C % (BC * SPLIT) == 0
@@ -189,9 +190,11 @@ def map_aggregate_kernel(
             N, P, C, R, RP, SP, LOW, SPLIT, PARTS, ITERATIONS, HC, EPS, BS,
         )  # fmt: skip
     else:
-        first = (program - PROGRAMS) * BM
+        program -= PROGRAMS
+        if N > 4:  # `project_kernel` was here before, upwards
+            program = tiles.descending(program, tl.num_programs(0) - PROGRAMS)
         _project_aggregate(
-            sums_ptr, x_ptr, alpha_ptr, bias_ptr, u_ptr, gamma_ptr, rho_ptr, T, first, eps, norm_eps,
+            sums_ptr, x_ptr, alpha_ptr, bias_ptr, u_ptr, gamma_ptr, rho_ptr, T, program * BM, eps, norm_eps,
             N, C, R, SP, LOW, SPLIT, PARTS, HC, EPS, NORM, CENTERED, BM, BC, STAGES,
         )  # fmt: skip
 

@@ -52,6 +52,7 @@ def mapping_backward_kernel(
             N, P, C, R, RP, RT, ITERATIONS, HC, EPS, AGGREGATE, NW, LOW, BS,
         )  # fmt: skip
     else:
+        program = tiles.descending(program, tl.num_programs(0) - MAPS)
         _aggregate_backward(
             du_ptr, x_ptr, saved_ptr, alpha_ptr, bias_ptr, pre_ptr, gamma_ptr, rho_ptr,
             da_ptr, factor_ptr, pre_totals_ptr, kappa_ptr, dgammas_ptr, T, program,

@@ -21,19 +21,18 @@ def factor_of(pointers):
     return tl.load(pointers) + tl.load(pointers + 4) + tl.load(pointers + 8)
 
 
-@triton.jit(do_not_specialize=["T", "RANGE"])
+@triton.jit(do_not_specialize=["T"])
 def phi_backward_kernel(
-    da_ptr, x_ptr, partials_ptr, T, RANGE,
+    da_ptr, x_ptr, partials_ptr, T,
     K: tl.constexpr, RP: tl.constexpr, NW: tl.constexpr, DOT32: tl.constexpr,
     BM: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """partials [parts, RP, K]: ``da^T x`` over RANGE tokens (a multiple of BM) each; x [T, K], da [T, NW]."""
+    """partials [parts, RP, K]: ``da^T x``, every parts-th block of BM tokens each; x [T, K], da [T, NW]."""
     columns = tl.program_id(0) * BK + tl.arange(0, BK)
     inside = (columns < K)[None, :]
     rn = tl.arange(0, NW)
     acc = tl.zeros((NW, BK), tl.float32)
-    first = tl.program_id(1) * RANGE
-    for t in tl.range(first, tl.minimum(first + RANGE, T), BM, num_stages=STAGES):
+    for t in tl.range(tl.program_id(1) * BM, T, tl.num_programs(1) * BM, num_stages=STAGES):
         rows = t + tl.arange(0, BM)
         at = rows.to(tl.int64)[:, None]
         exists = (rows < T)[:, None]
@@ -69,9 +68,9 @@ def _outer(da, x, acc, DOT32: tl.constexpr):
     return acc
 
 
-@triton.jit(do_not_specialize=["T", "RANGE"])
+@triton.jit(do_not_specialize=["T"])
 def phi_streams_backward_kernel(
-    da_ptr, x_ptr, partials_ptr, factor_ptr, w_ptr, g_ptr, back_ptr, T, RANGE,
+    da_ptr, x_ptr, partials_ptr, factor_ptr, w_ptr, g_ptr, back_ptr, T,
     K: tl.constexpr, R: tl.constexpr, NW1: tl.constexpr, NW2: tl.constexpr, NW: tl.constexpr, DOT32: tl.constexpr,
     G: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -93,8 +92,7 @@ def phi_streams_backward_kernel(
     w2 = tiles.load_rows(w_ptr, r2, K, columns, inside & (r2 < R)[:, None], EVEN and PR <= R)
     acc1 = tl.zeros((NW1, BK), tl.float32)
     acc2 = tl.zeros((NW2 * TERMS, BK), tl.float32)
-    first = tl.program_id(1) * RANGE
-    for t in tl.range(first, tl.minimum(first + RANGE, T), BM, num_stages=STAGES):
+    for t in tl.range(tl.program_id(1) * BM, T, tl.num_programs(1) * BM, num_stages=STAGES):
         rows = t + tl.arange(0, BM)
         at = rows.to(tl.int64)[:, None]
         exists = (rows < T)[:, None]

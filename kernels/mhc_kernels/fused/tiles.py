@@ -51,6 +51,16 @@ def load_rows(pointer, rows, step, columns, mask, EVEN: tl.constexpr):
 
 
 @triton.jit
+def descending(program, count):
+    """The other way round: the last of ``count`` programs starts first.
+
+    Kernels that read the streams one after the other take turns in their direction, so that each finds in the L2 cache what the
+    one before touched last (and the sublayer around them, too, which goes upwards).
+    """
+    return count - 1 - program
+
+
+@triton.jit
 def take_turns(FIRST):
     """This program's number among the FIRST programs of one kind or among the others, and whether it is of the one kind.
 
