@@ -1,7 +1,7 @@
 """Operators for a boundary between two sublayers, and for its second half where a chain of sublayers starts.
 
 ``boundary`` mixes a sublayer's output into the streams, computes the next sublayer's mappings from the result, and what
-that sublayer reads: 3 launches, or 4 for n > 4. ``boundary_backward`` is all of its gradients: 3 launches.
+that sublayer reads: 3 launches. ``boundary_backward`` is all of its gradients: 3 launches.
 Without y, the streams are taken as they are.
 """
 
@@ -79,18 +79,19 @@ def _forward_plan(
     out = "out" if mixes else "x"
     block = configs.pack(s.padded_rows, padded, c)
     meta: tuple = (c, n, padded, s.padded_rows, s.width, s.low, block, s.bf16)
-    steps = [Step(pack.pack_kernel, (cdiv(c, block), 1, 1), ("phi", "w", "w_back"), (s.rows,), meta, 4)]
+    packing = Step(pack.pack_kernel, (cdiv(c, block), 1, 1), ("phi", "w", "w_back"), (s.rows,), meta, 4)
 
     split = square_parts = configs.mix_project(s).SPLIT
     if s.wide:
         split = configs.project(s).SPLIT
         if mixes:
-            steps.append(mix_project_step(s, True, False, True, biased, drops, p))
+            steps = [_mix_pack_step(mix_project_step(s, True, False, True, biased, drops, p), packing)]
         else:
             square_parts = split
+            steps = [packing]
         steps.append(_project_step(s, out, squares=not mixes))
     else:
-        steps.append(mix_project_step(s, mixes, True, True, biased, drops, p))
+        steps = [packing, mix_project_step(s, mixes, True, True, biased, drops, p)]
 
     config, block = configs.aggregate(s), configs.token_block(s.n)
     programs = cdiv(s.t, block)
@@ -109,6 +110,18 @@ def _forward_plan(
         w=((padded * c, s.width), s.product_dtype),
     )
     return Plan(_FORWARD, steps, {**_kept(s, normalises), **scratch})
+
+
+def _mix_pack_step(mix: Step, packing: Step) -> Step:
+    programs = packing.grid[0]
+    return Step(
+        forward.mix_pack_kernel,
+        (programs + mix.grid[0], 1, 1),
+        (*packing.arrays, *mix.arrays),
+        (*packing.scalars, programs, *mix.scalars),
+        (*packing.meta, *mix.meta),
+        mix.warps,
+    )
 
 
 def _project_step(s: Sizes, out: str, squares: bool) -> Step:
@@ -202,7 +215,8 @@ def _backward_plan(
     iterations: int, eps_sinkhorn: float, hc: bool, gamma: torch.dtype | None, centered: bool,
 ) -> Plan:  # fmt: skip
     normalises = gamma is not None
-    config, block = configs.mapping_backward(s), configs.token_block_backward(s.n)
+    config = configs.mapping_backward(s, normalises)
+    block = configs.token_block_backward(s.n, config.warps)
     maps, rows = cdiv(s.t, block), cdiv(s.t, config.BM) if aggregates else 0
     arrays: tuple[str, ...] = (
         "du", "out", "dpre", "dpost_out", "dres_out", "saved", "alpha", "bias", "pre",
@@ -225,13 +239,11 @@ def _backward_plan(
     blocks = (columns.BM, columns.BK, columns.STAGES)
     if s.wide:
         arrays = ("da", "out", "partials", "factor", "w_back", "g", "back")
-        meta = (k, s.rows, *s.da_widths, s.da_width, s.dot32, g, *blocks)
+        meta = (k, s.n, s.padded_streams, s.da_width, s.dot32, g, *blocks)
         phi = Step(phi_backward.phi_streams_backward_kernel, grid, arrays, (s.t,), meta, columns.warps)
     else:
         meta = (k, s.padded_rows, s.da_width, s.dot32, *blocks)
-        phi = Step(
-            phi_backward.phi_backward_kernel, grid, ("da", "out", "partials"), (s.t,), meta, columns.warps
-        )
+        phi = Step(phi_backward.phi_backward_kernel, grid, ("da", "out", "partials"), (s.t,), meta, columns.warps)
 
     counts = (maps, rows, parts)
     streams = stream_backward_step(

@@ -55,7 +55,7 @@ def _fit(s: Sizes, c: int, *candidates: Rows) -> Rows:
 def mix_project(s: Sizes) -> Rows:
     """Configuration of `mix_project_kernel`."""
     if s.wide:  # the mix alone
-        return _fit(s, s.c, Rows(4, 256, 8, 1, 3, 4) if s.bf16 else Rows(8, 64, 8, 1, 2, 4))
+        return _fit(s, s.c, Rows(2, 512, 8, 1, 3, 4) if s.bf16 else Rows(8, 64, 8, 1, 2, 4))
     if not s.bf16:
         return _fit(s, s.c, Rows(32, 32, 8, 2, 2, 8))
     if s.n <= 2:
@@ -82,13 +82,16 @@ def stream_backward(s: Sizes) -> Rows:
     if not s.bf16:
         return _fit(s, s.c, Rows(16, 32, 8, 1, 2, 4))
     if s.wide:
-        return _fit(s, s.c, Rows(2, 64, 4, 1, 3, 1))
+        return _fit(s, s.c, Rows(1, 256, 8, 1, 3, 1))
     return _fit(s, s.c, Rows(16, 64, 4 if s.n > 2 else 2, 1, 3, 4))
 
 
-def mapping_backward(s: Sizes) -> Rows:
-    """Configuration of `mapping_backward_kernel`."""
-    return _fit(s, s.c, Rows(8, 128, 8, 1, 3, 4) if s.wide or not s.bf16 else Rows(16, 128, 8, 1, 3, 4))
+def mapping_backward(s: Sizes, normalises: bool) -> Rows:
+    """Configuration of `mapping_backward_kernel`. With a norm, a thread holds all tokens of its channels: sums over them
+    need no other thread."""
+    if s.wide or not s.bf16:
+        return _fit(s, s.c, Rows(8, 128, 8, 1, 3, 4))
+    return _fit(s, s.c, Rows(4, 512, 8, 1, 3, 2) if normalises else Rows(16, 128, 8, 1, 3, 4))
 
 
 REDUCE_BLOCK = 8192 if INTERPRET else 2048  # elements of dphi a program adds up
@@ -104,11 +107,11 @@ def token_block(n: int) -> int:
     return 64 if n <= 4 else 32
 
 
-def token_block_backward(n: int) -> int:
+def token_block_backward(n: int, warps: int) -> int:
     """As `token_block`, in the backward, where the sums of all iterations are in registers as well."""
     if INTERPRET:
         return 64
-    return 64 if n <= 4 else 4
+    return 16 * warps if n <= 4 else 4
 
 
 def pack(padded_rows: int, padded_streams: int, c: int) -> int:

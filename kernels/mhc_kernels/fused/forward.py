@@ -9,7 +9,7 @@ Units of C elements a token, n = 4: the first moves 4 + 1 + 4, the second 4 + 1.
 import triton
 import triton.language as tl
 
-from mhc_kernels.fused import sinkhorn, tiles
+from mhc_kernels.fused import pack, sinkhorn, tiles
 from mhc_kernels.fused.gates import gate
 
 
@@ -27,6 +27,44 @@ def mix_project_kernel(
     Without MIX, out is x and not written. w is `pack_kernel`'s forward array: bf16 hi | lo if BF16, else float32.
     """
     program = tiles.descending(tl.program_id(0), tl.num_programs(0))
+    _mix_project(
+        x_ptr, y_ptr, y_bias_ptr, seed_ptr, res_ptr, post_ptr, w_ptr, out_ptr, sums_ptr, T, p_drop, program,
+        N, P, C, R, RP, MIX, PROJECT, BIAS, DROPOUT, BF16, DOT32, SP, SQUARES, SWAP, BM, BC, SPLIT, V, STAGES,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["T", "ROWS", "PACKS"])
+def mix_pack_kernel(
+    phi_ptr, w_ptr, w_back_ptr, x_ptr, y_ptr, y_bias_ptr, seed_ptr, res_ptr, post_ptr, no_w_ptr, out_ptr, sums_ptr,
+    ROWS, PACKS, T, p_drop,
+    PC: tl.constexpr, PN: tl.constexpr, PP: tl.constexpr, PRP: tl.constexpr, NW: tl.constexpr, LOW: tl.constexpr,
+    PBC: tl.constexpr, PBF16: tl.constexpr,
+    N: tl.constexpr, P: tl.constexpr, C: tl.constexpr, R: tl.constexpr, RP: tl.constexpr,
+    MIX: tl.constexpr, PROJECT: tl.constexpr, BIAS: tl.constexpr, DROPOUT: tl.constexpr, BF16: tl.constexpr, DOT32: tl.constexpr,
+    SP: tl.constexpr, SQUARES: tl.constexpr,
+    SWAP: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr, SPLIT: tl.constexpr, V: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """`pack_kernel` in PACKS programs and `mix_project_kernel`, which does not project, in the others: what is packed is for
+    the kernel after this one."""
+    program, packs = tiles.take_turns(PACKS)
+    if packs:
+        pack.pack(phi_ptr, w_ptr, w_back_ptr, ROWS, program, PC, PN, PP, PRP, NW, LOW, PBC, PBF16)
+    else:
+        program = tiles.descending(program, tl.num_programs(0) - PACKS)
+        _mix_project(
+            x_ptr, y_ptr, y_bias_ptr, seed_ptr, res_ptr, post_ptr, no_w_ptr, out_ptr, sums_ptr, T, p_drop, program,
+            N, P, C, R, RP, MIX, PROJECT, BIAS, DROPOUT, BF16, DOT32, SP, SQUARES, SWAP, BM, BC, SPLIT, V, STAGES,
+        )  # fmt: skip
+
+
+@triton.jit
+def _mix_project(
+    x_ptr, y_ptr, y_bias_ptr, seed_ptr, res_ptr, post_ptr, w_ptr, out_ptr, sums_ptr, T, p_drop, program,
+    N: tl.constexpr, P: tl.constexpr, C: tl.constexpr, R: tl.constexpr, RP: tl.constexpr,
+    MIX: tl.constexpr, PROJECT: tl.constexpr, BIAS: tl.constexpr, DROPOUT: tl.constexpr, BF16: tl.constexpr, DOT32: tl.constexpr,
+    SP: tl.constexpr, SQUARES: tl.constexpr,
+    SWAP: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr, SPLIT: tl.constexpr, V: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
     part = program % SPLIT  # neighbours share the rows: they read adjacent pieces at the same time
     rows = (program // SPLIT) * BM + tl.arange(0, BM)
     exists = rows < T

@@ -63,8 +63,8 @@ class Sizes:
     - packed: (n, P, C) of phi as `pack_kernel` takes it; whole rows if wide. widths: its columns in the forward's product, or
       two of them (width: both), hi | lo if bf16; low: where lo starts.
     - sums_width: columns of the projection's partial sums; sums_low: where lo's start, if they are not added to hi's.
-    - da_width: columns of da, the gradient of the projected values: bf16 hi | lo, lo from da_low; in two pieces if wide
-      (da_widths). partial_rows: rows of dphi's partial sums.
+    - da_width: columns of da, the gradient of the projected values: bf16 hi, and lo da_low further (0: none); if wide, those
+      of H_res first, without lo. partial_rows: rows of dphi's partial sums.
     - kept: float32 numbers that a forward leaves for its backward.
     """
 
@@ -91,11 +91,11 @@ class Sizes:
         self.packed = (1, 1, n * c) if self.wide else (n, self.padded_streams, c)
         kept_phi = self.padded_rows * self.packed[1] * self.packed[2]
         self.kept = t * self.padded_rows + kept_phi * self.product_dtype.itemsize // 4
-        first = next_power_of_2(self.rows + 1) // 2
-        self.da_widths = (first, max(16, next_power_of_2(self.rows - first)))
-        self.partial_rows = sum(self.da_widths) if self.wide else self.padded_rows
-        self.da_low = self.partial_rows if self.bf16 else 0
-        self.da_width = self.partial_rows + self.da_low
+        self.partial_rows = self.rows if self.wide else self.padded_rows
+        self.da_low = (2 * self.padded_streams if self.wide else self.padded_rows) if self.bf16 else 0
+        self.da_width = self.da_low + (
+            self.padded_streams**2 + 2 * self.padded_streams if self.wide else self.padded_rows
+        )
 
 
 _sizes = functools.lru_cache(1024)(Sizes)

@@ -9,7 +9,7 @@ from mhc_kernels.fused.gates import gate_backward, logit_backward
 
 @triton.jit
 def _store_da(da_ptr, at, k, value, exists, NW: tl.constexpr, LOW: tl.constexpr):
-    """da [T, NW]: bf16 hi, and lo from column LOW; one float32 term if LOW is 0."""
+    """da [T, NW] in column k: bf16 hi, and lo LOW columns further; one term if LOW is 0."""
     hi = value.to(da_ptr.dtype.element_ty)
     tl.store(da_ptr + at * NW + k, hi, mask=exists)
     if LOW > 0:
@@ -56,7 +56,7 @@ def mapping_backward_kernel(
         _aggregate_backward(
             du_ptr, x_ptr, saved_ptr, alpha_ptr, bias_ptr, pre_ptr, gamma_ptr, rho_ptr,
             da_ptr, factor_ptr, pre_totals_ptr, kappa_ptr, dgammas_ptr, T, program,
-            N, C, R, RP, NT, HC, NW, LOW, NORM, CENTERED, BM, BC, V, STAGES,
+            N, P, C, R, RP, NT, HC, NW, LOW, NORM, CENTERED, BM, BC, V, STAGES,
         )  # fmt: skip
 
 
@@ -70,6 +70,7 @@ def _maps_backward(
     # Sums are stored from the whole tile, by one of the elements that hold them: a tensor of the sums alone would change
     # layout through shared memory, several threads writing the same value to one place (a race, if a harmless one).
     totals = totals_ptr + program * RT
+    GATES: tl.constexpr = P * P if N > 4 else 0
     rows = program * BS + tl.arange(0, BS)[:, None]
     exists = rows < T
     at = tl.minimum(rows, T - 1).to(tl.int64)
@@ -85,7 +86,7 @@ def _maps_backward(
         a = tl.load(saved_ptr + at * RP + k)
         b = tl.load(bias_ptr + k, mask=k < N, other=0.0)
         da, dr, dalpha, dbias = gate_backward(dh, a, tl.load(alpha_ptr), b, r, 1.0, HC)
-        _store_da(da_ptr, at, k, da, inside, NW, LOW)
+        _store_da(da_ptr, at, GATES + k, da, inside, NW, LOW)
         tl.store(totals + k + 0 * rows, tl.sum(dbias, 0, keep_dims=True), mask=first & (k < N))
         tl.store(totals + R, tl.sum(tl.sum(dalpha, 1), 0))
         tl.store(
@@ -96,7 +97,7 @@ def _maps_backward(
     a = tl.load(saved_ptr + at * RP + N + k)
     b = tl.load(bias_ptr + N + k, mask=k < N, other=0.0)
     da, dr, dalpha, dbias = gate_backward(dh, a, tl.load(alpha_ptr + 1), b, r, 2.0, HC)
-    _store_da(da_ptr, at, N + k, da, inside, NW, LOW)
+    _store_da(da_ptr, at, GATES + N + k, da, inside, NW, LOW)
     tl.store(totals + N + k + 0 * rows, tl.sum(dbias, 0, keep_dims=True), mask=first & (k < N))
     tl.store(totals + R + 1, tl.sum(tl.sum(dalpha, 1), 0))
     tl.store(
@@ -121,7 +122,10 @@ def _maps_backward(
     else:
         dl = sinkhorn.backward(alpha * (r * a) + b, dm, ITERATIONS, EPS, N, P)
         da, dr, dalpha, dbias = logit_backward(dl, a, alpha, r)
-    _store_da(da_ptr, at, 2 * N + k, da, inside, NW, LOW)
+    if N > 4:
+        _store_da(da_ptr, at, k, da, inside, NW, 0)
+    else:
+        _store_da(da_ptr, at, 2 * N + k, da, inside, NW, LOW)
     first = tl.arange(0, BS)[:, None, None] == 0
     tl.store(totals + 2 * N + k + 0 * rows, tl.sum(dbias, 0, keep_dims=True), mask=first & known)
     tl.store(totals + R + 2, tl.sum(tl.sum(tl.sum(dalpha, 2), 1), 0))
@@ -139,8 +143,8 @@ def _rms_backward(dr, r, N: tl.constexpr, C: tl.constexpr):
 def _aggregate_backward(
     du_ptr, x_ptr, saved_ptr, alpha_ptr, bias_ptr, pre_ptr, gamma_ptr, rho_ptr,
     da_ptr, factor_ptr, pre_totals_ptr, kappa_ptr, dgammas_ptr, T, program,
-    N: tl.constexpr, C: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, NT: tl.constexpr, HC: tl.constexpr, NW: tl.constexpr,
-    LOW: tl.constexpr, NORM: tl.constexpr, CENTERED: tl.constexpr,
+    N: tl.constexpr, P: tl.constexpr, C: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, NT: tl.constexpr, HC: tl.constexpr,
+    NW: tl.constexpr, LOW: tl.constexpr, NORM: tl.constexpr, CENTERED: tl.constexpr,
     BM: tl.constexpr, BC: tl.constexpr, V: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     rows = program * BM + tl.arange(0, BM)
@@ -148,6 +152,7 @@ def _aggregate_backward(
     at = tl.minimum(rows, T - 1).to(tl.int64)
     totals = pre_totals_ptr + program * NT
     EVEN: tl.constexpr = C % BC == 0
+    GATES: tl.constexpr = P * P if N > 4 else 0
     dots = tiles.zeros(N, BM, BC // V)
     if NORM:
         u_dots = tiles.zeros(N, BM, BC // V)
@@ -186,7 +191,7 @@ def _aggregate_backward(
             dh = rho * dh - kappa * tl.sum(u_dots[k], 1)
         da, dr_k, dalpha, dbias = gate_backward(dh, a, alpha, tl.load(bias_ptr + k), r, 1.0, HC)
         dr += dr_k
-        _store_da(da_ptr, at, k, da, exists, NW, LOW)
+        _store_da(da_ptr, at, GATES + k, da, exists, NW, LOW)
         tl.store(totals + k, _total(dbias, exists))
         dalpha_sum += _total(dalpha, exists)
     tl.store(totals + N, dalpha_sum)

@@ -24,11 +24,21 @@ def pack_kernel(
     C: tl.constexpr, N: tl.constexpr, P: tl.constexpr, RP: tl.constexpr, NW: tl.constexpr, LOW: tl.constexpr,
     BC: tl.constexpr, BF16: tl.constexpr,
 ):  # fmt: skip
+    """`pack`, BC channels a program."""
+    pack(phi_ptr, forward_ptr, backward_ptr, R, tl.program_id(0), C, N, P, RP, NW, LOW, BC, BF16)
+
+
+@triton.jit
+def pack(
+    phi_ptr, forward_ptr, backward_ptr, R, program,
+    C: tl.constexpr, N: tl.constexpr, P: tl.constexpr, RP: tl.constexpr, NW: tl.constexpr, LOW: tl.constexpr,
+    BC: tl.constexpr, BF16: tl.constexpr,
+):  # fmt: skip
     """phi [R, N*C] -> forward [C*P, NW], backward [RP, C*P].
 
     If BF16: forward is hi, and lo from column LOW; backward hi. Else both are float32 (NW = RP).
     """
-    k = tl.program_id(0) * (BC * P) + tl.arange(0, BC * P)
+    k = program * (BC * P) + tl.arange(0, BC * P)
     c = k // P
     s = stream_of(k % P, N)
     r = tl.arange(0, RP)

@@ -71,46 +71,44 @@ def _outer(da, x, acc, DOT32: tl.constexpr):
 @triton.jit(do_not_specialize=["T"])
 def phi_streams_backward_kernel(
     da_ptr, x_ptr, partials_ptr, factor_ptr, w_ptr, g_ptr, back_ptr, T,
-    K: tl.constexpr, R: tl.constexpr, NW1: tl.constexpr, NW2: tl.constexpr, NW: tl.constexpr, DOT32: tl.constexpr,
+    K: tl.constexpr, N: tl.constexpr, P: tl.constexpr, NW: tl.constexpr, DOT32: tl.constexpr,
     G: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """As `phi_backward_kernel`, for many streams: also back [T, K], ``g + da phi + factor x``, while x is here.
 
-    g [T, K] (0 unless G), factor [T, 3, 4] and w [rows, K] as in `stream_backward_kernel`; da [T, NW] (NW1 + NW2, or
-    twice that for hi | lo) and partials [parts, NW1 + NW2, K] in two pieces, as R is not near a power of two (n = 8: 64 + 16).
+    g [T, K] (0 unless G), factor [T, 3, 4] and w [rows, K] as in `stream_backward_kernel`; partials [parts, N*N + 2N, K].
+    da [T, NW] in two pieces: H_res (P*P columns), H_pre and H_post (2P; bf16: hi | lo). H_res has no lo: its product is the
+    large one, and costs more than the rest of the kernel's arithmetic, where its rows' rounding is small beside x's.
     """
     columns = tl.program_id(0) * BK + tl.arange(0, BK)
     inside = (columns < K)[None, :]
     EVEN: tl.constexpr = K % BK == 0
-    PR: tl.constexpr = NW1 + NW2
-    TERMS: tl.constexpr = NW // PR
-    r1 = tl.arange(0, NW1)
-    k2 = tl.arange(0, NW2 * TERMS)  # the small piece's two terms in one product
-    r2 = NW1 + k2 % NW2
-    at2 = r2 + k2 // NW2 * PR
-    w1 = tiles.load_rows(w_ptr, r1, K, columns, inside & (r1 < R)[:, None], EVEN and NW1 <= R)
-    w2 = tiles.load_rows(w_ptr, r2, K, columns, inside & (r2 < R)[:, None], EVEN and PR <= R)
-    acc1 = tl.zeros((NW1, BK), tl.float32)
-    acc2 = tl.zeros((NW2 * TERMS, BK), tl.float32)
+    RES: tl.constexpr = P * P
+    TERMS: tl.constexpr = (NW - RES) // (2 * P)
+    r1 = tl.arange(0, RES)
+    k2 = tl.arange(0, 2 * P * TERMS)  # the small piece's two terms in one product
+    r2 = k2 % (2 * P)
+    ALL: tl.constexpr = N == P
+    w1 = tiles.load_rows(w_ptr + 2 * N * K, r1, K, columns, inside & (r1 < N * N)[:, None], EVEN and ALL)
+    w2 = tiles.load_rows(w_ptr, r2, K, columns, inside & (r2 < 2 * N)[:, None], EVEN and ALL)
+    acc1 = tl.zeros((RES, BK), tl.float32)
+    acc2 = tl.zeros((2 * P * TERMS, BK), tl.float32)
     for t in tl.range(tl.program_id(1) * BM, T, tl.num_programs(1) * BM, num_stages=STAGES):
         rows = t + tl.arange(0, BM)
         at = rows.to(tl.int64)[:, None]
         exists = (rows < T)[:, None]
         x = tl.load(x_ptr + at * K + columns[None, :], mask=exists & inside, other=0.0)
-        da1 = _load_piece(da_ptr + at * NW + r1[None, :], exists, r1 < R, NW1 <= R)
-        da2 = _load_piece(da_ptr + at * NW + at2[None, :], exists, r2 < R, PR <= R)
+        da1 = _load_piece(da_ptr + at * NW + r1[None, :], exists, r1 < N * N, ALL)
+        da2 = _load_piece(da_ptr + at * NW + (RES + k2)[None, :], exists, r2 < 2 * N, ALL)
         acc1 = _outer(da1, x, acc1, DOT32)
         acc2 = _outer(da2, x, acc2, DOT32)
-        if TERMS == 2:
-            low = _load_piece(da_ptr + at * NW + PR + r1[None, :], exists, r1 < R, NW1 <= R)
-            acc1 = _outer(low, x, acc1, DOT32)
         back = times_phi(da2, w2, times_phi(da1, w1, None, DOT32), DOT32)
         back += factor_of(factor_ptr + tl.minimum(at, T - 1) * 12) * x.to(tl.float32)
         if G:
             back += tl.load(g_ptr + at * K + columns[None, :], mask=exists & inside, other=0.0).to(tl.float32)
         tiles.store(back_ptr + at * K + columns[None, :], back, rows < T, inside, EVEN)
-    out = partials_ptr + tl.program_id(1).to(tl.int64) * PR * K + columns[None, :]
-    tl.store(out + r1[:, None] * K, acc1, mask=inside)
-    r2 = NW1 + tl.arange(0, NW2)
-    acc2 = tl.sum(tl.reshape(acc2, (TERMS, NW2, BK)), axis=0)
-    tl.store(out + r2[:, None] * K, acc2, mask=inside)
+    out = partials_ptr + tl.program_id(1).to(tl.int64) * (N * N + 2 * N) * K + columns[None, :]
+    tl.store(out + (2 * N + r1[:, None]) * K, acc1, mask=inside & (r1 < N * N)[:, None])
+    r2 = tl.arange(0, 2 * P)[:, None]
+    acc2 = tl.sum(tl.reshape(acc2, (TERMS, 2 * P, BK)), axis=0)
+    tl.store(out + r2 * K, acc2, mask=inside & (r2 < 2 * N))

@@ -170,7 +170,7 @@ def aggregate_backward(du: Tensor, x: Tensor, pre: Tensor) -> tuple[Tensor, Tens
 
 @plans
 def _sinkhorn_plan(t: int, n: int, dtype: torch.dtype, iterations: int, eps: float, differentiates: bool) -> Plan:
-    block = (configs.token_block_backward if differentiates else configs.token_block)(n)
+    block = configs.token_block_backward(n, 4) if differentiates else configs.token_block(n)
     arrays = ("logits", "dres", "dlogits") if differentiates else ("logits", "res")
     kernel = single_backward.sinkhorn_backward_kernel if differentiates else forward.sinkhorn_kernel
     meta = (n, next_power_of_2(n), iterations, eps, block)
