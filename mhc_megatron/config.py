@@ -55,8 +55,17 @@ class MHCConfig:
         "auto", "auto: Triton kernels on a CUDA GPU, else the reference; triton; reference: plain PyTorch", BACKENDS
     )
 
+    recompute: bool = _option(
+        False,
+        "keep the streams of one sublayer in a few and compute the others' again in the backward, by the mHC kernels alone "
+        "(paper section 4.3.2): the same bits, less memory; needs the Triton kernels",
+    )
+    recompute_sublayers: int = _option(
+        0, "sublayers (two a layer) that share one kept set of streams under recompute; 0: what needs the least memory"
+    )
+
     def __post_init__(self) -> None:
-        for name, lowest in (("num_streams", 1), ("sinkhorn_iterations", 1)):
+        for name, lowest in (("num_streams", 1), ("sinkhorn_iterations", 1), ("recompute_sublayers", 0)):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < lowest:
                 raise ValueError(f"MHCConfig.{name} must be an integer >= {lowest}, got {value!r}")
@@ -69,6 +78,15 @@ class MHCConfig:
         if self.init_alpha == 0:
             # phi's gradient is proportional to alpha: with both at zero it would stay there.
             raise ValueError("MHCConfig.init_alpha must not be 0: phi would get no gradient")
+        if self.recompute_sublayers and not self.recompute:
+            raise ValueError(
+                f"MHCConfig.recompute_sublayers {self.recompute_sublayers} has no effect without MHCConfig.recompute; "
+                "set it as well"
+            )
+        if self.recompute and self.backend == "reference":
+            raise ValueError(
+                "MHCConfig.recompute has no effect with MHCConfig.backend 'reference', which keeps all streams"
+            )
         if self.mode == "hc" and self.profile != "paper":
             raise ValueError(f"MHCConfig.profile {self.profile!r} has no mode 'hc'; use profile 'paper'")
 

@@ -2,5 +2,17 @@
 
 from mhc_kernels.norm import RMSNorm
 from mhc_kernels.ops import aggregate, boundary, connect, head, mappings, mix, sinkhorn
+from mhc_kernels.recompute_block import RecomputePlace, recompute
 
-__all__ = ["RMSNorm", "aggregate", "boundary", "connect", "head", "mappings", "mix", "sinkhorn"]
+__all__ = [
+    "RMSNorm",
+    "RecomputePlace",
+    "aggregate",
+    "boundary",
+    "connect",
+    "head",
+    "mappings",
+    "mix",
+    "recompute",
+    "sinkhorn",
+]

@@ -16,6 +16,7 @@ from torch import Tensor
 from mhc_kernels import reference
 from mhc_kernels.backend import check_contiguous, check_same_device, resolve_backend
 from mhc_kernels.norm import FUSED_NORM_STREAMS, RMSNorm
+from mhc_kernels.recompute_block import RecomputePlace
 
 
 def _use_triton(backend: str, x: Tensor) -> bool:
@@ -110,23 +111,48 @@ def mix(
     bias: Tensor | None = None,
     *,
     dropout_p: float = 0.0,
+    recompute: RecomputePlace | None = None,
     flat: bool = False,
     backend: str = "auto",
 ) -> Tensor:
     """``x' = H_res @ x + outer(H_post, dropout(y + bias))``. See `mhc_kernels.reference.mix`.
 
-    flat: x and x' are ``[..., n*C]``, as Megatron carries them between layers.
+    recompute: x's place in a block: x is kept only if it is the first. flat: x and x' are ``[..., n*C]``, as Megatron carries
+    them between layers.
     """
     streams = _unflatten(x, post.shape[-1], flat)
     reference.check_mix(streams, res, post, y, bias, dropout_p)
     if not _use_triton(backend, streams):
+        _check_recompute(recompute, "reference")
         return _same_form(reference.mix(streams, res, post, y, bias, dropout_p=dropout_p), x)
+    recompute = _check_recompute(recompute, "triton")
     check_contiguous(x=x, res=res, post=post, y=y, bias=bias)
     seed = _functions().new_seed(x.device) if dropout_p > 0 else None
     out = _functions().Mix.apply(
-        streams.flatten(-2), _float32(res), _float32(post), _cast(y, x), _cast(bias, x), seed, float(dropout_p)
+        streams.flatten(-2),
+        _float32(res),
+        _float32(post),
+        _cast(y, x),
+        _cast(bias, x),
+        seed,
+        float(dropout_p),
+        recompute,
     )
     return _same_form(out, x)
+
+
+def _check_recompute(recompute: RecomputePlace | None, backend: str) -> RecomputePlace | None:
+    """The place, if there will be a backward.
+
+    Raises:
+        ValueError: where its streams can't be left out.
+    """
+    if recompute is None or not torch.is_grad_enabled():
+        return None
+    if backend != "triton" or torch.compiler.is_compiling():
+        why = "the reference backend" if backend != "triton" else "torch.compile"
+        raise ValueError(f"recompute: not with {why}, which keeps what it likes; pass None")
+    return recompute
 
 
 def _cast(tensor: Tensor | None, x: Tensor) -> Tensor | None:
@@ -240,6 +266,7 @@ def boundary(
     mode: str = "mhc",
     norm: RMSNorm | None = None,
     accumulate: bool = False,
+    recompute: RecomputePlace | None = None,
     flat: bool = False,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -248,6 +275,7 @@ def boundary(
     Args:
         x, res, post, y, bias, dropout_p: as in `mix`.
         next_phi, next_alpha, next_bias, iterations, eps, profile, mode, norm, accumulate: as in `connect`.
+        recompute: x's place in a block whose streams the backward computes again (`mhc_kernels.recompute`). Triton only.
         flat: x and x' are ``[..., n*C]``.
 
     Returns:
@@ -270,6 +298,7 @@ def boundary(
             check_same_device(x=x, bias=bias)
         _check_norm(norm, x, streams.shape[-1])
         if not _use_triton(backend, streams):
+            _check_recompute(recompute, "reference")
             out = _same_form(reference.mix(streams, res, post, y, bias, dropout_p=dropout_p), x)
             kwargs: dict[str, Any] = {"iterations": iterations, "eps": eps, "profile": profile, "mode": mode}
             return connect(out, next_phi, next_alpha, next_bias, **kwargs, norm=norm, flat=flat, backend="reference")
@@ -283,7 +312,7 @@ def boundary(
     fused, later = _split_norm(norm, post.shape[-1])
     out, u, post, res = _functions().apply_boundary(
         x if flat else x.flatten(-2), _float32(res), _float32(post), _cast(y, x), _cast(bias, x), seed, float(dropout_p),
-        *own, settings, accumulate, *fused,
+        *own, settings, accumulate, *fused, None if recompute is None else _check_recompute(recompute, "triton"),
     )  # fmt: skip
     return _same_form(out, x), u if later is None else later(u), post, res
 

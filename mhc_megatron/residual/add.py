@@ -27,13 +27,15 @@ def hyper_connection_add(mhc_config: MHCConfig) -> Callable[[bool, bool], BiasDr
             y, bias = output_with_bias
             y = y.contiguous()
             p = prob if training else 0.0
-            x, post, res, grad, successor = residual
+            x, post, res, grad, successor, place = residual
             with torch.set_grad_enabled(grad):
                 if successor is None or not successor.hyper_connection.fuses(x):
-                    return mix(x, res, post, y, bias, dropout_p=p, flat=True, backend=mhc_config.backend)
+                    return mix(
+                        x, res, post, y, bias, dropout_p=p, recompute=place, flat=True, backend=mhc_config.backend
+                    )
                 norm = successor.fused_norm(x)
-                streams, u, post, res = successor.hyper_connection(x, res, post, y, bias, p, norm)
-            return prepare(streams, u, post, res, norm is not None, successor)
+                streams, u, post, res = successor.hyper_connection(x, res, post, y, bias, p, norm, place)
+            return prepare(streams, u, post, res, norm is not None, None if place is None else place.next(), successor)
 
         return add
 

@@ -17,7 +17,7 @@ from mhc_megatron.config import MHCConfig
 _logger = logging.getLogger(__name__)
 
 
-def check_backend(mhc_config: MHCConfig, config: Any, hidden_size: int, norm: RMSNorm | None) -> None:
+def check_backend(mhc_config: MHCConfig, config: Any, hidden_size: int, norm: RMSNorm | None) -> bool:
     """Check MHCConfig.backend against the model, and build its kernels where that is Triton.
 
     Args:
@@ -25,6 +25,9 @@ def check_backend(mhc_config: MHCConfig, config: Any, hidden_size: int, norm: RM
         config: Megatron's TransformerConfig.
         hidden_size: C.
         norm: that of the sublayer, if it is one that the kernels may take along.
+
+    Returns:
+        whether Triton kernels will run.
 
     Raises:
         ValueError: for backend ``triton`` where its kernels can't run.
@@ -34,6 +37,7 @@ def check_backend(mhc_config: MHCConfig, config: Any, hidden_size: int, norm: RM
     reason = why_not_triton(mhc_config.num_streams, hidden_size, config.params_dtype, device)
     if mhc_config.backend == "reference":
         _report("reference, as asked for: plain PyTorch, slow")
+        return False
     elif reason is None and on_gpu:
         _build(
             mhc_config,
@@ -45,12 +49,14 @@ def check_backend(mhc_config: MHCConfig, config: Any, hidden_size: int, norm: RM
             None if norm is None or mhc_config.num_streams > FUSED_NORM_STREAMS else norm.centered,
             device,
         )
+        return True
     elif mhc_config.backend == "triton":
         if reason is not None:
             raise ValueError(f"MHCConfig.backend 'triton' (--mhc-backend): {reason}; use 'auto' or 'reference'")
         _report("triton, interpreted: for tests")
-    else:
-        _report(f"reference: {reason}")
+        return True
+    _report(f"reference: {reason}")
+    return False
 
 
 @cache

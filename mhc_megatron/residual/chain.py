@@ -15,25 +15,36 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from mhc_kernels import RecomputePlace
+
 _ATTRIBUTE = "_mhc_prepared"
 
 
 class Prepared(NamedTuple):
     """What the streams' next reader needs: u ``[s, b, C]``, post ``[s, b, n]``, res ``[s, b, n, n]``; whether u has passed the
-    reader's norm."""
+    reader's norm; the streams' place in a block that the backward computes again."""
 
     u: Tensor
     post: Tensor
     res: Tensor
     normed: bool
+    recompute: RecomputePlace | None
     reader: nn.Module
     history: Any
     version: int
 
 
-def prepare(hidden: Tensor, u: Tensor, post: Tensor, res: Tensor, normed: bool, reader: nn.Module) -> Tensor:
+def prepare(
+    hidden: Tensor,
+    u: Tensor,
+    post: Tensor,
+    res: Tensor,
+    normed: bool,
+    recompute: RecomputePlace | None,
+    reader: nn.Module,
+) -> Tensor:
     """Leave u, post and res on the streams for ``reader``; returns the streams."""
-    setattr(hidden, _ATTRIBUTE, Prepared(u, post, res, normed, reader, hidden.grad_fn, _version(hidden)))
+    setattr(hidden, _ATTRIBUTE, Prepared(u, post, res, normed, recompute, reader, hidden.grad_fn, _version(hidden)))
     return hidden
 
 
@@ -54,6 +65,13 @@ def _version(hidden: Tensor) -> int:
     return 0 if hidden.is_inference() else hidden._version  # inference tensors keep no count
 
 
+class ChainLength:
+    """How many sublayers follow each other without a cut."""
+
+    def __init__(self) -> None:
+        self.sublayers = 0
+
+
 class Chain:
     """Finds each sublayer's successor while a model is built: its layers are built in order.
 
@@ -65,6 +83,7 @@ class Chain:
     def __init__(self) -> None:
         self._last: weakref.ref[nn.Module] | None = None
         self._place: tuple[int, int] | None = None
+        self._length = ChainLength()
 
     def extend(self, config: Any, layer_number: int, inputs: list[Any]) -> None:
         """Link the mHC inputs of one layer to each other and to the previous layer's last one."""
@@ -76,6 +95,10 @@ class Chain:
         for reader in inputs:
             if before is not None:
                 before.set_successor(reader)
+            else:
+                self._length = ChainLength()
+            self._length.sublayers += 1
+            reader.set_chain(self._length)
             before = reader
         self._last = weakref.ref(before) if before is not None else None
         self._place = (id(config), layer_number)

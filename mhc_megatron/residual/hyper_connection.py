@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mhc_kernels import RMSNorm, boundary, connect, head
+from mhc_kernels import RecomputePlace, RMSNorm, boundary, connect, head
 from mhc_kernels.backend import resolve_backend
 from mhc_megatron.config import MHCConfig
 
@@ -108,6 +108,7 @@ class HyperConnection(Float32Module):
         bias: Tensor | None = None,
         dropout_p: float = 0.0,
         norm: RMSNorm | None = None,
+        recompute: RecomputePlace | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Streams ``[s, b, n*C]`` to (streams, u, post, res): what this sublayer reads, and what its add needs.
 
@@ -130,7 +131,7 @@ class HyperConnection(Float32Module):
             return connect(x, *own, **settings)
         assert res is not None
         assert post is not None
-        return boundary(x, res, post, y, bias, *own, dropout_p=dropout_p, **settings)
+        return boundary(x, res, post, y, bias, *own, dropout_p=dropout_p, recompute=recompute, **settings)
 
     def fuses(self, x: Tensor) -> bool:
         """Whether the boundary into this sublayer is one step on these streams, and not two by the reference."""

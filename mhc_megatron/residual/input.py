@@ -7,14 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mhc_kernels import RMSNorm
+from mhc_kernels import RecomputePlace, RMSNorm, recompute
 from mhc_kernels.norm import FUSED_NORM_STREAMS
 from mhc_megatron.config import MHCConfig
 from mhc_megatron.residual.backend import check_backend
-from mhc_megatron.residual.chain import take
+from mhc_megatron.residual.chain import ChainLength, take
 from mhc_megatron.residual.hyper_connection import HyperConnection
 from mhc_megatron.residual.norm_wrapper import NormBuilder, NormWrapper
 from mhc_megatron.residual.plain_norm import plain_rms_norm, wait_for_weight
+from mhc_megatron.residual.recompute import block_length, recomputes
 from mhc_megatron.residual.streams import Residual, mark_pipeline_width
 
 
@@ -37,7 +38,10 @@ class HyperConnectionInput(NormWrapper):
         self.hidden_size = hidden_size
         self.hyper_connection = HyperConnection(config, mhc_config, hidden_size)
         self._successor: tuple[HyperConnectionInput, ...] = ()  # in a tuple: it is not a submodule
-        check_backend(mhc_config, config, hidden_size, plain_rms_norm(self.norm))
+        self._chain = ChainLength()
+        self._block_length: int | None = None
+        triton = check_backend(mhc_config, config, hidden_size, plain_rms_norm(self.norm))
+        self._recomputes = recomputes(mhc_config, config, triton)
         mark_pipeline_width(config, mhc_config.num_streams)
 
     def forward(self, hidden: Tensor) -> tuple[Tensor, Residual]:
@@ -50,12 +54,21 @@ class HyperConnectionInput(NormWrapper):
         if prepared is None:
             norm = self.fused_norm(hidden)
             hidden, u, post, res = self.hyper_connection(hidden, norm=norm)
-            normed = norm is not None
+            normed, place = norm is not None, self._first_place(hidden)
         else:
-            u, post, res, normed = prepared.u, prepared.post, prepared.res, prepared.normed
+            u, post, res, normed, place = prepared[:5]
         if not normed:
             u = self.norm(u)
-        return u, Residual(hidden, post, res, torch.is_grad_enabled(), *self._successor)
+        successor = self._successor[0] if self._successor else None
+        return u, Residual(hidden, post, res, torch.is_grad_enabled(), successor, place)
+
+    def _first_place(self, hidden: Tensor) -> RecomputePlace | None:
+        """The start of a block with this sublayer's streams; None if all streams are kept."""
+        if not self._recomputes or not torch.is_grad_enabled() or not self.hyper_connection.fuses(hidden):
+            return None
+        if self._block_length is None:
+            self._block_length = block_length(self.hyper_connection.mhc_config, self._chain.sublayers)
+        return recompute(self._block_length)
 
     def fused_norm(self, hidden: Tensor) -> RMSNorm | None:
         """The norm, if the kernels take it along on these streams; then its weight is there to be read."""
@@ -71,3 +84,7 @@ class HyperConnectionInput(NormWrapper):
     def set_successor(self, reader: HyperConnectionInput) -> None:
         """Tell it which mHC input reads the streams after this sublayer."""
         self._successor = (reader,)
+
+    def set_chain(self, length: ChainLength) -> None:
+        """Tell it of the chain that it is in (which may still grow)."""
+        self._chain = length

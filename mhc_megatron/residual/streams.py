@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from torch import Tensor
 
 if TYPE_CHECKING:
+    from mhc_kernels import RecomputePlace
     from mhc_megatron.residual.input import HyperConnectionInput
 
 
@@ -15,7 +16,7 @@ class Residual(NamedTuple):
 
     x: ``[s, b, n*C]``, the streams' dtype; post ``[s, b, n]`` and res ``[s, b, n, n]``, float32. grad: whether the
     input ran with gradients (Megatron calls every add with them). successor: the mHC input that will read the result, if
-    it is known (`chain`).
+    it is known (`chain`). recompute: x's place in a block of streams that the backward computes again.
     """
 
     x: Tensor
@@ -23,6 +24,7 @@ class Residual(NamedTuple):
     res: Tensor
     grad: bool
     successor: HyperConnectionInput | None = None
+    recompute: RecomputePlace | None = None
 
 
 def expand(hidden: Tensor, num_streams: int) -> Tensor:

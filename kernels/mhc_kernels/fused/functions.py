@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mhc_kernels.fused import boundary as boundary_operators
 from mhc_kernels.fused import single
+from mhc_kernels.recompute_block import RecomputePlace
 
 
 class Settings(NamedTuple):
@@ -73,11 +74,17 @@ class Boundary(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, res: Tensor, post: Tensor, y: Tensor, y_bias: Tensor | None, seed: Tensor | None, p: float,
         phi: Tensor, alpha: Tensor, bias: Tensor, settings: Settings, accumulate: bool, gamma: Tensor | None, norm: Norm,
+        recompute: RecomputePlace | None,
     ) -> tuple[Tensor, ...]:  # fmt: skip
         out, u, pre, post_out, res_out, kept = boundary_operators.boundary(
             x, res, post, y, y_bias, seed, p, phi, alpha, bias, True, *settings, gamma, *norm
         )
-        ctx.save_for_backward(x, res, post, y, y_bias, seed, out, pre, kept, phi, alpha, bias, gamma)
+        if recompute is not None:
+            recompute.enter(ctx, x, out)
+        ctx.recompute, ctx.unpacked = recompute, None
+        kept_x = x if recompute is None or recompute.is_first else None
+        kept_out = out if recompute is None or recompute.is_last else None
+        ctx.save_for_backward(kept_x, res, post, y, y_bias, seed, kept_out, pre, kept, phi, alpha, bias, gamma)
         ctx.p, ctx.settings, ctx.accumulate, ctx.norm = p, settings, accumulate, norm
         ctx.set_materialize_grads(False)
         return out, u, post_out, res_out
@@ -85,12 +92,34 @@ class Boundary(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor | None, du: Tensor | None, dpost: Tensor | None, dres: Tensor | None) -> Any:
         _refuse_second_derivatives()
-        x, res, post, y, y_bias, seed, out, pre, kept, phi, alpha, bias, gamma = ctx.saved_tensors
+        x, res, post, y, y_bias, seed, out, pre, kept, phi, alpha, bias, gamma = _unpacked(ctx)
+        if out is None:
+            out = ctx.recompute.next().streams(_mix_again)
+        if x is None:
+            x = ctx.recompute.streams(_mix_again)
         dx, dy, dres_in, dpost_in, dgamma, *parameters = _boundary_backward(
             ctx, g, du, None, dpost, dres, x, res, post, y, y_bias, seed, ctx.p, out, pre, kept, phi, alpha, bias, gamma
         )
+        if ctx.recompute is not None:
+            ctx.recompute.release()
+            ctx.unpacked = None
         norm = (None if gamma is None else dgamma, None)
-        return dx, dres_in, dpost_in, dy, _bias_gradient(dy, y_bias), None, None, *parameters, None, None, *norm
+        return dx, dres_in, dpost_in, dy, _bias_gradient(dy, y_bias), None, None, *parameters, None, None, *norm, None
+
+
+def _unpacked(context: Any) -> tuple[Any, ...]:
+    """What a boundary's autograd node saved; unpacked once a pass, as activation checkpoints demand."""
+    if context.recompute is None:
+        return context.saved_tensors
+    if context.unpacked is None:
+        context.unpacked = context.saved_tensors
+    return context.unpacked
+
+
+def _mix_again(context: Any, x: Tensor | None) -> Tensor:
+    """What the boundary of this autograd node wrote: `RecomputePlace.streams`."""
+    first, res, post, y, y_bias, seed, *_ = _unpacked(context)
+    return single.mix(first if x is None else x, res, post, y, y_bias, seed, context.p)
 
 
 class Connect(torch.autograd.Function):
@@ -189,9 +218,13 @@ class Mix(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, res: Tensor, post: Tensor, y: Tensor, y_bias: Tensor | None, seed: Tensor | None, p: float
-    ) -> Tensor:
-        ctx.save_for_backward(x, res, post, y, y_bias, seed)
+        ctx: Any, x: Tensor, res: Tensor, post: Tensor, y: Tensor, y_bias: Tensor | None, seed: Tensor | None, p: float,
+        recompute: RecomputePlace | None,
+    ) -> Tensor:  # fmt: skip
+        if recompute is not None:
+            recompute.check(x)
+        ctx.recompute = recompute
+        ctx.save_for_backward(x if recompute is None or recompute.is_first else None, res, post, y, y_bias, seed)
         ctx.p = p
         return single.mix(x, res, post, y, y_bias, seed, p)
 
@@ -199,8 +232,10 @@ class Mix(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> Any:
         _refuse_second_derivatives()
         x, res, post, y, y_bias, seed = ctx.saved_tensors
+        if x is None:
+            x = ctx.recompute.streams(_mix_again)
         dx, dy, dres, dpost = single.mix_backward(g.contiguous(), x, res, post, y, y_bias, seed, ctx.p)
-        return dx, dres, dpost, dy, _bias_gradient(dy, y_bias), None, None
+        return dx, dres, dpost, dy, _bias_gradient(dy, y_bias), None, None, None
 
 
 class Aggregate(torch.autograd.Function):

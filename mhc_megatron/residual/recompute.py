@@ -1,0 +1,77 @@
+"""How many sublayers share the streams that are kept (``--mhc-recompute``; arXiv 2512.24880, section 4.3.2).
+
+A block of L_r sublayers keeps its first streams; the backward computes the others again (`mhc_kernels.recompute`).
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from functools import cache
+from typing import Any
+
+from megatron.core import parallel_state
+from megatron.core.utils import log_single_rank
+
+from mhc_megatron.config import MHCConfig
+
+_logger = logging.getLogger(__name__)
+
+
+def automatic_length(sublayers: int, in_flight: int) -> int:
+    """The L_r that needs the least memory.
+
+    In units of n*C values a token: ``in_flight * ceil(L / L_r)`` are kept, and one microbatch's backward holds up to L_r more.
+    The paper's Eq. 20 counts n + 2 where this counts n for the latter: here the mappings and the sublayers' inputs are not
+    computed again.
+
+    Args:
+        sublayers: L, of one pipeline chunk.
+        in_flight: microbatches (with an interleaved schedule: times chunks) whose activations a rank holds at once.
+    """
+    return min(range(1, sublayers + 1), key=lambda length: (in_flight * math.ceil(sublayers / length) + length, length))
+
+
+def microbatches_in_flight() -> int:
+    """How many forward passes this rank's 1F1B schedule, interleaved or not, is ahead of its backward passes at most, given
+    microbatches enough."""
+    stages = parallel_state.get_pipeline_model_parallel_world_size()
+    chunks = parallel_state.get_virtual_pipeline_model_parallel_world_size() or 1
+    behind = stages - parallel_state.get_pipeline_model_parallel_rank() - 1
+    return behind + 1 if chunks == 1 or stages == 1 else 2 * behind + (chunks - 1) * stages + 1
+
+
+def recomputes(mhc_config: MHCConfig, config: Any, triton: bool) -> bool:
+    """Whether ``--mhc-recompute`` applies to this model; rank 0 says so if it was asked for and does not.
+
+    Args:
+        mhc_config, config: settings; Megatron's TransformerConfig.
+        triton: whether the Triton kernels run: the reference keeps what autograd keeps.
+    """
+    if not mhc_config.recompute:
+        return False
+    if config.recompute_granularity == "full":
+        _report("off: recompute_granularity 'full' keeps no streams inside a layer, and computes whole layers again")
+        return False
+    if not triton:
+        _report("off: the reference backend has none")
+        return False
+    return True
+
+
+def block_length(mhc_config: MHCConfig, sublayers: int) -> int:
+    """L_r: as given, or the automatic one; rank 0 says which."""
+    if mhc_config.recompute_sublayers:
+        length = min(mhc_config.recompute_sublayers, sublayers)
+        _report(f"blocks of {length} sublayers, as asked for ({sublayers} in a row)")
+        return length
+    in_flight = microbatches_in_flight()
+    length = automatic_length(sublayers, in_flight)
+    _report(f"blocks of {length} sublayers ({sublayers} in a row, {in_flight} microbatches in flight)")
+    return length
+
+
+@cache
+def _report(choice: str) -> None:
+    # At the level that Megatron shows by default.
+    log_single_rank(_logger, logging.WARNING, f"mHC: recompute: {choice}")

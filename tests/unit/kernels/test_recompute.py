@@ -1,0 +1,162 @@
+"""Streams computed again in the backward: the same bits, less memory, nothing left behind."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from mhc_kernels import RMSNorm, boundary, connect, mix, recompute
+from mhc_kernels.recompute_block import RecomputePlace
+from tests.unit.kernels.cases import DEVICE
+
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+T, C, LENGTH = 10, 32, 5
+
+
+class Chain:
+    """connect, LENGTH boundaries and a mix, ``tanh`` for the sublayers."""
+
+    def __init__(self, n: int = 4, dtype: torch.dtype = torch.bfloat16, dropout_p: float = 0.0, norm: bool = False):
+        generator = torch.Generator().manual_seed(n)
+
+        def random(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+            return torch.randn(*shape, generator=generator).to(DEVICE, dtype).requires_grad_()
+
+        rows = n * n + 2 * n
+        self.x = random(T, n, C, dtype=dtype)
+        self.own = [(random(rows, n * C), random(3), random(rows)) for _ in range(LENGTH + 1)]
+        self.bias = random(C, dtype=dtype)
+        self.norm = RMSNorm(random(C, dtype=dtype), 1e-5) if norm else None
+        self.dropout_p = dropout_p
+        self.between: Callable[[Tensor], Tensor] = lambda x: x
+
+    def run(self, block_length: int | None) -> Tensor:
+        """The last streams; blocks of that many boundaries, or none."""
+        torch.manual_seed(0)
+        place = None if block_length is None else recompute(block_length)
+        common: dict[str, Any] = {"backend": "triton", "norm": self.norm}
+        x, u, post, res = connect(self.x, *self.own[0], **common)
+        more: dict[str, Any] = {"dropout_p": self.dropout_p, "backend": "triton"}
+        for own in self.own[1:]:
+            x, u, post, res = boundary(x, res, post, u.tanh(), self.bias, *own, norm=self.norm, recompute=place, **more)
+            x = self.between(x)
+            self.block = None if place is None else place.block
+            place = None if place is None else place.next()
+        return mix(x, res, post, u.tanh(), self.bias, recompute=place, **more)
+
+    def step(self, block_length: int | None) -> list[Tensor]:
+        """Output and all gradients."""
+        leaves = [self.x, self.bias, *(p for own in self.own for p in own)]
+        if self.norm is not None:
+            leaves.append(self.norm.weight)
+        out = self.run(block_length)
+        return [out, *torch.autograd.grad(out, leaves, torch.ones_like(out))]
+
+
+@pytest.mark.parametrize("length", [1, 3, LENGTH, 100])
+def test_same_bits(length: int) -> None:
+    chain = Chain()
+    for ours, kept in zip(chain.step(length), chain.step(None), strict=True):
+        assert torch.equal(ours, kept)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"n": 1}, {"n": 2}, {"n": 3, "dtype": torch.float32}, {"n": 5}, {"n": 8}, {"dropout_p": 0.3}, {"norm": True}],
+    ids=str,
+)
+def test_same_bits_of_every_kind(options: dict[str, Any]) -> None:
+    chain = Chain(**options)
+    for ours, kept in zip(chain.step(3), chain.step(None), strict=True):
+        assert torch.equal(ours, kept)
+
+
+@pytest.mark.parametrize("length", [None, 2])
+def test_keeps_only_each_blocks_first_streams(length: int | None) -> None:
+    chain = Chain()
+    saved: set[int] = set()
+
+    def pack(tensor: Tensor) -> Tensor:
+        if tensor.numel() == T * 4 * C:
+            saved.add(tensor.data_ptr())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        out = chain.run(length)
+    # x_0 .. x_LENGTH; with blocks those at multiples of the length.
+    assert len(saved) == (LENGTH + 1 if length is None else len(range(0, LENGTH + 1, length)))
+    out.sum().backward()
+
+
+def test_frees_as_the_backward_goes(monkeypatch: pytest.MonkeyPatch) -> None:
+    chain = Chain()
+    counts: list[int] = []
+    out = chain.run(100)
+    original = RecomputePlace.release
+
+    def release(place: RecomputePlace) -> None:
+        original(place)
+        counts.append(len(place.block.streams))
+
+    monkeypatch.setattr(RecomputePlace, "release", release)
+    assert chain.block.streams == {}
+    out.sum().backward()
+    assert counts == [4, 3, 2, 1, 0]
+
+
+def test_nothing_survives_while_the_loss_is_kept() -> None:
+    chain = Chain()
+    gc.disable()  # reference cycles would stay
+    try:
+        out = chain.run(3)
+        block = weakref.ref(chain.block)
+        chain.block = None
+        out.sum().backward()
+        assert block() is not None  # `out` holds the graph's nodes, they hold it
+        assert block().streams == {}
+        del out
+        assert block() is None
+    finally:
+        gc.enable()
+
+
+def test_backward_twice() -> None:
+    chain = Chain()
+    out = chain.run(3)
+    first = torch.autograd.grad(out, chain.x, torch.ones_like(out), retain_graph=True)[0]
+    assert torch.equal(first, torch.autograd.grad(out, chain.x, torch.ones_like(out))[0])
+    with pytest.raises(RuntimeError, match="second time"):
+        torch.autograd.grad(out, chain.x, torch.ones_like(out))
+
+
+def test_streams_from_elsewhere_are_refused() -> None:
+    chain = Chain()
+    chain.between = torch.clone
+    with pytest.raises(ValueError, match="for a new block"):
+        chain.run(3)
+    with torch.no_grad():  # nothing to compute again
+        chain.run(3)
+
+
+def test_bad_input() -> None:
+    with pytest.raises(ValueError, match=r"length must be >= 1, got 0"):
+        recompute(0)
+    chain = Chain()
+    x, u, post, res = connect(chain.x, *chain.own[0], backend="triton")
+    place = recompute(2)
+    after = boundary(x, res, post, u, None, *chain.own[1], recompute=place, backend="triton")
+    with pytest.raises(ValueError, match="two boundaries at one place"):
+        boundary(x, res, post, u, None, *chain.own[1], recompute=place, backend="triton")
+    with pytest.raises(ValueError, match="x is not what the boundary before"):
+        mix(x, res, post, u, recompute=place.next(), backend="triton")
+    x, u, post, res = after
+    with pytest.raises(ValueError, match="not with the reference backend"):
+        mix(x, res, post, u, recompute=recompute(1), backend="reference")
+    with pytest.raises(ValueError, match="not with the reference backend"):
+        boundary(x, res, post, u, None, *chain.own[1], recompute=recompute(1), backend="reference")
