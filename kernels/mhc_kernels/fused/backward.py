@@ -4,7 +4,7 @@ With g the gradient of x' that comes from downstream, and da that of the project
 
 1. `mapping_backward_kernel`: ``dH_pre_j = du . x'_j`` (units: 1 + 4), the backward of gates and Sinkhorn: da, and the
    factor of x' that the RMS contributes.
-2. `phi_backward_kernel`: ``dphi = da^T x'`` (4), partial sums over ranges of tokens.
+2. `phi_backward_kernel`: ``dphi = da^T x'`` (4), partial sums over blocks of tokens.
 3. `stream_backward_kernel`: ``g += H_pre du + phi^T da + factor x'``, with x' recomputed from x and y (it is not read), then
    ``dx = H_res^T g``, ``dy = H_post . g``, ``dH_res_ij = g_i . x_j``, ``dH_post_i = g_i . y`` (units: 4 + 1 + 4 + 1 + 5).
    Its first programs add up the partial sums of the parameters' gradients, in order: no atomics, the same bits every time.

@@ -120,7 +120,7 @@ def pack(padded_rows: int, padded_streams: int, c: int) -> int:
 
 
 class Columns(NamedTuple):
-    """BM tokens by BK columns a tile; the tokens in PARTS ranges."""
+    """BM tokens by BK columns a tile; PARTS programs share the tokens."""
 
     BM: int
     BK: int
