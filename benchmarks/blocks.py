@@ -1,0 +1,126 @@
+"""The transformer blocks that `overhead.py` times: shapes, and the kinds of residual connection they are built with."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+from megatron.core.transformer import MLATransformerConfig, TransformerConfig
+from megatron.core.transformer.module import Float16Module
+
+from mhc_megatron import MHCConfig, to_mhc_spec
+
+VOCABULARY = 256  # a block is what is timed: next to no embedding and no logits
+
+_MLA: dict[str, Any] = {
+    "multi_latent_attention": True,
+    "kv_lora_rank": 512,
+    "qk_head_dim": 128,
+    "qk_pos_emb_head_dim": 64,
+    "v_head_dim": 128,
+    "rope_type": "rope",
+}
+_MOE: dict[str, Any] = {
+    "moe_token_dispatcher_type": "alltoall",
+    "moe_aux_loss_coeff": 0.0,
+    "moe_grouped_gemm": True,
+    "moe_permute_fusion": True,
+}
+
+SHAPES: dict[str, dict[str, Any]] = {
+    # The paper's 27B: one dense layer, the others MoE.
+    "27b": {
+        **_MLA,
+        **_MOE,
+        "hidden_size": 2560,
+        "num_attention_heads": 32,
+        "q_lora_rank": None,
+        "ffn_hidden_size": 12288,
+        "num_moe_experts": 72,
+        "moe_router_topk": 6,
+        "moe_ffn_hidden_size": 1536,
+        "moe_shared_expert_intermediate_size": 3072,
+    },
+    "dense": {
+        "hidden_size": 4096,
+        "num_attention_heads": 32,
+        "num_query_groups": 8,
+        "ffn_hidden_size": 14336,
+    },
+    # DeepSeek-V3's layers with 16 of its 256 experts.
+    "v3": {
+        **_MLA,
+        **_MOE,
+        "hidden_size": 7168,
+        "num_attention_heads": 128,
+        "q_lora_rank": 1536,
+        "ffn_hidden_size": 18432,
+        "num_moe_experts": 16,
+        "moe_router_topk": 8,
+        "moe_ffn_hidden_size": 2048,
+        "moe_shared_expert_intermediate_size": 2048,
+    },
+}
+LAYERS = {"27b": 5, "dense": 4, "v3": 3}
+
+# Small enough for a CPU, and for Megatron's local modules.
+_TINY: dict[str, Any] = {
+    "hidden_size": 32,
+    "num_attention_heads": 4,
+    "num_query_groups": None,
+    "q_lora_rank": None,
+    "kv_lora_rank": 16,
+    "qk_head_dim": 8,
+    "qk_pos_emb_head_dim": 8,
+    "v_head_dim": 8,
+    "ffn_hidden_size": 64,
+    "num_moe_experts": 4,
+    "moe_router_topk": 2,
+    "moe_ffn_hidden_size": 32,
+    "moe_shared_expert_intermediate_size": 32,
+    "moe_grouped_gemm": False,
+    "moe_permute_fusion": False,
+}
+
+KINDS: dict[str, MHCConfig | None] = {
+    "residual": None,
+    "hc": MHCConfig(mode="hc"),
+    "reference": MHCConfig(backend="reference"),
+    "mhc": MHCConfig(),
+    "recompute": MHCConfig(recompute=True),
+}
+
+
+def build(shape: str, kind: str, layers: int, sequence: int, tiny: bool) -> torch.nn.Module:
+    """A GPTModel of one of SHAPES: Transformer Engine in bf16, or tiny, local and float32."""
+    settings: dict[str, Any] = {
+        "num_layers": layers,
+        "normalization": "RMSNorm",
+        "add_bias_linear": False,
+        "gated_linear_unit": True,
+        "activation_func": torch.nn.functional.silu,
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+        "gradient_accumulation_fusion": False,
+        "bf16": not tiny,
+        "params_dtype": torch.float32 if tiny else torch.bfloat16,
+        "use_cpu_initialization": tiny,
+        "masked_softmax_fusion": not tiny,
+        "persist_layer_norm": not tiny,
+        **SHAPES[shape],
+    }
+    if "num_moe_experts" in settings:
+        settings["moe_layer_freq"] = [0] + [1] * (layers - 1)
+    if tiny:
+        settings |= {name: value for name, value in _TINY.items() if name in settings}
+    torch.manual_seed(0)
+    mla = settings.get("multi_latent_attention", False)
+    config = (MLATransformerConfig if mla else TransformerConfig)(**settings)
+    spec = get_gpt_decoder_block_spec(config, use_transformer_engine=not tiny)
+    mhc_config = KINDS[kind]
+    if mhc_config is not None:
+        spec = to_mhc_spec(spec, mhc_config)
+    model = GPTModel(config, spec, VOCABULARY, sequence, position_embedding_type="rope")
+    return model if tiny else Float16Module(config, model.cuda())

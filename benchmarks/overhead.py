@@ -1,0 +1,216 @@
+"""What mHC costs a training step: time and memory of a transformer block with it over the same block without.
+
+    python benchmarks/overhead.py [--shape 27b|dense|v3] [--tokens 16384] [--layers N ...] [--kinds residual,mhc,...]
+                                  [--profile] [--json FILE]
+
+Forward + backward of one microbatch on one GPU, Transformer Engine, bf16, no optimizer. All kinds are built in one process and
+take turns, step by step, so that the machine's moods meet all of them: medians, and the quartiles beside them. Memory is
+the peak of a step above what is allocated before it (gradients of the parameters included). With several --layers, the
+memory that a layer adds is the slope between the first and the last.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import time
+from collections import defaultdict
+from pathlib import Path
+from statistics import median, quantiles
+from typing import Any
+
+import torch
+
+
+class Step:
+    """One model's training step, its times (ms: forward, backward on the GPU; forward, backward of the host) and its peak."""
+
+    def __init__(self, model: torch.nn.Module, tokens: int, sequence: int):
+        self.model, self.on_gpu = model, torch.cuda.is_available()
+        device = "cuda" if self.on_gpu else "cpu"
+        self.ids = torch.randint(0, 256, (max(1, tokens // sequence), sequence), device=device)
+        self.positions = torch.arange(sequence, device=device).expand_as(self.ids)
+        mask = torch.ones(sequence, sequence, dtype=torch.bool, device=device).triu(1)[None, None]
+        self.mask = None if self.on_gpu else mask  # Transformer Engine knows that it is causal
+        self.times: list[tuple[float, ...]] = []
+
+    def __call__(self) -> tuple[float, ...]:
+        marks = [torch.cuda.Event(enable_timing=True) for _ in range(3)] if self.on_gpu else []
+        host = []
+
+        def mark(number: int) -> None:
+            host.append(time.perf_counter() * 1e3)
+            if marks:
+                marks[number].record()
+
+        mark(0)
+        loss = self.model(self.ids, self.positions, self.mask, labels=self.ids).float().mean()
+        mark(1)
+        loss.backward()
+        mark(2)
+        forward, backward = host[1] - host[0], host[2] - host[1]
+        self._drop_gradients()
+        if not marks:
+            return forward, backward, forward, backward
+        torch.cuda.synchronize()
+        return marks[0].elapsed_time(marks[1]), marks[1].elapsed_time(marks[2]), forward, backward
+
+    def _drop_gradients(self) -> None:
+        for parameter in self.model.parameters():
+            parameter.grad = None
+
+    def peak_gib(self) -> float:
+        """Peak of a step above what is allocated before it."""
+        if not self.on_gpu:
+            return float("nan")
+        gc.collect()
+        torch.cuda.empty_cache()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        self()
+        return (torch.cuda.max_memory_allocated() - before) / 2**30
+
+
+def _summary(step: Step) -> dict[str, Any]:
+    totals = [forward + backward for forward, backward, *_ in step.times]
+    low, _, high = quantiles(totals, n=4) if len(totals) > 1 else (totals[0],) * 3
+    names = ("forward_ms", "backward_ms", "host_forward_ms", "host_backward_ms")
+    parts = {name: median(column) for name, column in zip(names, zip(*step.times, strict=True), strict=True)}
+    return {"step_ms": median(totals), "low_ms": low, "high_ms": high, **parts}
+
+
+def measure(options: argparse.Namespace, layers: int) -> dict[str, dict[str, Any]]:
+    """Times and peaks of all kinds, and their kernels with --profile."""
+    from blocks import build
+
+    steps = {
+        kind: Step(build(options.shape, kind, layers, options.sequence, options.tiny), options.tokens, options.sequence)
+        for kind in options.kinds
+    }
+    results: dict[str, dict[str, Any]] = defaultdict(dict)
+    for kind, step in steps.items():
+        for _ in range(2):
+            step()
+        results[kind]["peak_gib"] = step.peak_gib()
+    for _ in range(options.steps):
+        for step in steps.values():
+            step.times.append(step())
+    for kind, step in steps.items():
+        results[kind] |= _summary(step)
+    if options.profile:
+        for kind, step in steps.items():
+            results[kind] |= kernels(step)
+    return results
+
+
+def kernels(step: Step) -> dict[str, Any]:
+    """Kernels of one step: launches, milliseconds of all and of mHC's own, and the longest by name."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        step()
+    table: dict[str, list[float]] = defaultdict(lambda: [0.0, 0])
+    for event in profiler.events():
+        if event.device_type == torch.autograd.DeviceType.CUDA:
+            table[event.name][0] += event.device_time / 1e3
+            table[event.name][1] += 1
+    own = {name: entry for name, entry in table.items() if name in _own_kernels()}
+    longest = sorted(table.items(), key=lambda item: -item[1][0])[:20]
+    return {
+        "launches": int(sum(count for _, count in table.values())),
+        "kernels_ms": sum(ms for ms, _ in table.values()),
+        "mhc_kernels_ms": sum(ms for ms, _ in own.values()),
+        "mhc_kernels": dict(sorted(own.items(), key=lambda item: -item[1][0])),
+        "longest": dict(longest),
+    }
+
+
+def _own_kernels() -> set[str]:
+    from triton import JITFunction
+
+    from mhc_kernels.fused import backward, forward, mapping_backward, pack, phi_backward, single_backward
+
+    modules = (backward, forward, mapping_backward, pack, phi_backward, single_backward)
+    return {f.fn.__name__ for module in modules for f in vars(module).values() if isinstance(f, JITFunction)}
+
+
+def show(options: argparse.Namespace, layers: int, results: dict[str, dict[str, Any]]) -> None:
+    """Print one table."""
+    print(f"\n{options.shape}, {layers} layers, {options.tokens} tokens in sequences of {options.sequence}; ms, GiB")
+    print("kind            step  (quartiles)     over  forward backward  host f  host b    peak    over")
+    base = results.get("residual", next(iter(results.values())))
+    for kind, r in results.items():
+        share = (r["step_ms"] / base["step_ms"] - 1) * 100
+        print(
+            f"{kind:10s} {r['step_ms']:9.2f}  ({r['low_ms']:.1f}-{r['high_ms']:.1f}) {share:+7.2f}% {r['forward_ms']:8.2f} "
+            f"{r['backward_ms']:8.2f} {r['host_forward_ms']:7.1f} {r['host_backward_ms']:7.1f} {r['peak_gib']:7.2f} "
+            f"{r['peak_gib'] - base['peak_gib']:+7.2f}",
+            flush=True,
+        )
+    for kind, r in results.items():
+        if "launches" in r:
+            print(
+                f"{kind}: {r['launches']} launches, kernels {r['kernels_ms']:.2f} ms, mHC's {r['mhc_kernels_ms']:.2f}"
+            )
+            named = r["longest"] | r["mhc_kernels"]
+            for name, (ms, count) in sorted(named.items(), key=lambda item: -item[1][0]):
+                print(f"    {ms:8.2f} ms {count:5.0f}  {name[:90]}")
+
+
+def _start_megatron(tiny: bool) -> None:
+    if not torch.cuda.is_available():
+        if not tiny:
+            raise SystemExit("benchmarks/overhead.py: no GPU; --tiny runs it on the CPU, to try it")
+        from mhc_megatron import cpu
+
+        cpu.install()
+    for name, value in (("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", "29577"), ("RANK", "0"), ("WORLD_SIZE", "1")):
+        os.environ.setdefault(name, value)
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+    torch.distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    parallel_state.initialize_model_parallel()
+    model_parallel_cuda_manual_seed(0)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=("27b", "dense", "v3"), default="27b")
+    parser.add_argument("--tokens", type=int, default=16384)
+    parser.add_argument("--sequence", type=int, default=4096)
+    parser.add_argument("--layers", type=int, nargs="+")
+    parser.add_argument(
+        "--kinds", type=lambda s: s.split(","), default=["residual", "hc", "reference", "mhc", "recompute"]
+    )
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--profile", action="store_true", help="one step of each kind under PyTorch's profiler")
+    parser.add_argument("--tiny", action="store_true", help="small sizes, local modules: to try the benchmark on a CPU")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args(arguments)
+    _start_megatron(options.tiny)
+    from blocks import LAYERS
+
+    counts = options.layers or [LAYERS[options.shape]]
+    everything: dict[int, dict[str, dict[str, Any]]] = {}
+    for layers in counts:
+        everything[layers] = measure(options, layers)
+        show(options, layers, everything[layers])
+        gc.collect()
+    if len(counts) > 1:
+        first, last = counts[0], counts[-1]
+        print("GiB that a layer adds to the peak:")
+        for kind in options.kinds:
+            slope = (everything[last][kind]["peak_gib"] - everything[first][kind]["peak_gib"]) / (last - first)
+            print(f"    {kind:10s} {slope:.3f}")
+    if options.json:
+        device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+        settings = {**vars(options), "json": str(options.json), "device": device, "torch": torch.__version__}
+        options.json.write_text(json.dumps({"settings": settings, "results": everything}, indent=1))
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
