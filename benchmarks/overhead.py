@@ -4,9 +4,9 @@
                                   [--profile] [--json FILE]
 
 Forward + backward of one microbatch on one GPU, Transformer Engine, bf16, no optimizer. All kinds are built in one process and
-take turns, step by step, so that the machine's moods meet all of them: medians, and the quartiles beside them. Memory is
-the peak of a step above what is allocated before it (gradients of the parameters included). With several --layers, the
-memory that a layer adds is the slope between the first and the last.
+take turns, step by step, in random order (a GPU runs faster after a step that heats it less): medians, and the quartiles
+beside them. Memory is the peak of a step above what is allocated before it (gradients of the parameters included). With
+several --layers, the memory that a layer adds is the slope between the first and the last.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import argparse
 import gc
 import json
 import os
+import random
 import time
 from collections import defaultdict
 from pathlib import Path
@@ -94,8 +95,10 @@ def measure(options: argparse.Namespace, layers: int) -> dict[str, dict[str, Any
         for _ in range(2):
             step()
         results[kind]["peak_gib"] = step.peak_gib()
+    order, shuffle = list(steps.values()), random.Random(0)
     for _ in range(options.steps):
-        for step in steps.values():
+        shuffle.shuffle(order)
+        for step in order:
             step.times.append(step())
     for kind, step in steps.items():
         results[kind] |= _summary(step)
