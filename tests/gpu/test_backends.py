@@ -53,8 +53,8 @@ def test_backends_have_the_same_loss_curve(
     drift = train(settings, plain, sequence, rate, noise=2**-9).distance(reference)
     print(
         f"\nlosses {triton.losses[0]:.4f} -> {triton.losses[-1]:.4f} (reference {reference.losses[-1]:.4f}); "
-        f"relative distance: first {distance[0]:.1e}, largest {max(distance):.1e} (of the reference from a nudged start: {drift[0]:.1e}, "
-        f"{max(drift):.1e}); peak memory {triton.peak:.2f} GiB (reference {reference.peak:.2f})"
+        f"relative distance: first {distance[0]:.1e}, largest {max(distance):.1e} "
+        f"(of the reference from a nudged start: {drift[0]:.1e}, {max(drift):.1e}); peak memory {triton.peak:.2f} GiB (reference {reference.peak:.2f})"
     )
     assert triton.losses[-1] < 0.9 * triton.losses[0]
     assert distance[0] < 1e-3
