@@ -83,6 +83,7 @@ def train(
     for ids in text(sequence):
         ddp.zero_grad_buffer()
         optimizer.zero_grad()
+        model.set_is_first_microbatch()  # as Megatron's schedule does: FP8 copies of the weights are made anew
         for part in ids.view(microbatches, 1, -1):
             loss = models.forward(ddp, part).float().mean()
             loss.backward()
