@@ -96,10 +96,13 @@ def measure(options: argparse.Namespace, layers: int) -> dict[str, dict[str, Any
             step()
         results[kind]["peak_gib"] = step.peak_gib()
     order, shuffle = list(steps.values()), random.Random(0)
+    gc.disable()  # as Megatron's --manual-gc; else one kind or another pays for all of them
     for _ in range(options.steps):
         shuffle.shuffle(order)
         for step in order:
             step.times.append(step())
+        gc.collect()
+    gc.enable()
     for kind, step in steps.items():
         results[kind] |= _summary(step)
     if options.profile:
