@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import argparse
 import gc
-import subprocess
+import sysconfig
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,15 +25,17 @@ COMMON: dict[str, Any] = {
 QUICKSTART = {"num_layers": 4, "hidden_size": 128, "ffn_hidden_size": 256, "moe_ffn_hidden_size": 128}
 
 
-def text(sequence: int) -> torch.Tensor:
-    """[STEPS, sequence] bytes of Python's own sources."""
-    source = b"".join(Path(module.__file__).read_bytes() for module in (argparse, subprocess))
-    assert len(source) >= STEPS * sequence
-    return torch.frombuffer(bytearray(source[: STEPS * sequence]), dtype=torch.uint8).long().view(STEPS, sequence)
+def text(steps: int, sequence: int) -> torch.Tensor:
+    """[steps, sequence] bytes of Python's own sources."""
+    source = bytearray()
+    for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")):
+        source += path.read_bytes()
+    assert len(source) >= steps * sequence
+    return torch.frombuffer(source[: steps * sequence], dtype=torch.uint8).long().view(steps, sequence)
 
 
 class Run(NamedTuple):
-    """Losses of STEPS steps; peak memory in GiB; bytes allocated after each step."""
+    """Losses of all steps; peak memory in GiB; bytes allocated after each step."""
 
     losses: list[float]
     peak: float
@@ -52,8 +53,17 @@ def train(
     rate: float = 1e-3,
     noise: float = 0.0,
     microbatches: int = 1,
+    steps: int = STEPS,
+    te: bool = True,
 ) -> Run:
-    """STEPS steps of Megatron's Adam. mhc: None for a stock model. noise: relative, on every parameter at the start."""
+    """Steps of Megatron's Adam.
+
+    Args:
+        settings: of the TransformerConfig, over COMMON.
+        mhc: None for a stock model.
+        noise: relative, on every parameter at the start.
+        te: Transformer Engine's modules, or Megatron's local ones.
+    """
     from megatron.core.models.gpt import GPTModel
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
@@ -63,7 +73,7 @@ def train(
     model_parallel_cuda_manual_seed(0)
     torch.manual_seed(0)
     config = models.make_config(**{**COMMON, **settings})
-    spec = get_gpt_decoder_block_spec(config, use_transformer_engine=True)
+    spec = get_gpt_decoder_block_spec(config, use_transformer_engine=te)
     if mhc is not None:
         spec = to_mhc_spec(spec, mhc)
     model = GPTModel(config, spec, 256, sequence, position_embedding_type="rope")
@@ -80,7 +90,7 @@ def train(
     optimizer = get_megatron_optimizer(OptimizerConfig(lr=rate, bf16=True, clip_grad=1.0), [ddp])
     torch.cuda.reset_peak_memory_stats()
     losses, allocated = [], []
-    for ids in text(sequence):
+    for ids in text(steps, sequence):
         ddp.zero_grad_buffer()
         optimizer.zero_grad()
         model.set_is_first_microbatch()  # as Megatron's schedule does: FP8 copies of the weights are made anew
