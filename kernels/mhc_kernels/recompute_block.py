@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 
 class _Block:
@@ -22,8 +23,36 @@ class _Block:
         self.length = length
         # Weak: the autograd graph owns its nodes, and they own what they saved. A block keeps nothing alive.
         self.boundaries: list[weakref.ref[Any]] = []
-        self.address = 0
+        self.last: tuple[StorageWeakRef, int, int] | None = (
+            None  # what the last boundary returned: storage, size, version
+        )
         self.streams: dict[int, Tensor] = {}
+        self.ends = False
+
+    def compute(self, count: int, mix: Callable[[Any, Tensor | None], Tensor]) -> None:
+        """Fill in the streams 1 to ``count``."""
+        if not self.ends:  # a pass may end before it has come to the block's first boundary
+            torch.autograd.Variable._execution_engine.queue_callback(self.end)
+            self.ends = True
+        x: Tensor | None = None
+        for k in range(count):
+            context = self.boundaries[k]()
+            if context is None:
+                raise RuntimeError(
+                    "recompute: the backward has come to streams of a block whose earlier boundaries are not in its graph; call "
+                    "recompute() for a new block after detach()"
+                )
+            x = mix(context, x)
+            self.streams[k + 1] = x
+
+    def end(self) -> None:
+        """Forget what one pass of the autograd engine has made."""
+        self.ends = False
+        self.streams.clear()
+        for reference in self.boundaries:
+            context = reference()
+            if context is not None:
+                context.unpacked = None
 
 
 class RecomputePlace(NamedTuple):
@@ -32,19 +61,22 @@ class RecomputePlace(NamedTuple):
     Pass it to `mhc_kernels.boundary` together with those streams, and its `next` to the following one, with the streams that
     came out; the last one to `mhc_kernels.mix` at the chain's end. The results have the same bits as without. In the backward,
     a block's streams come into being when its last boundary needs them (one `mix` each) and are freed as the boundaries before
-    are done.
+    are done. So a boundary's backward needs what the earlier ones of its block saved: two passes over different parts of a
+    graph want ``retain_graph=True``.
     """
 
     block: _Block
     number: int
 
     def next(self) -> RecomputePlace:
-        """The place of the streams that the boundary here returns: in this block, or the first one of another."""
-        return (
-            recompute(self.block.length)
-            if self.number + 1 == self.block.length
-            else self._replace(number=self.number + 1)
-        )
+        """The place of the streams that the boundary here returns: in this block, or the first one of another.
+
+        That is also where the boundary will have no backward, and could compute nothing again.
+        """
+        last = self.number + 1 == self.block.length
+        if last or self.number >= len(self.block.boundaries):
+            return recompute(self.block.length)
+        return self._replace(number=self.number + 1)
 
     @property
     def is_first(self) -> bool:
@@ -57,13 +89,19 @@ class RecomputePlace(NamedTuple):
         return self.number + 1 == self.block.length
 
     def check(self, x: Tensor) -> None:
-        """Raise ValueError if x is not what the boundary before this place returned."""
+        """Raise ValueError if x is not what the boundary before this place returned, as it returned it."""
         block = self.block
-        if self.number > len(block.boundaries) or (block.boundaries and x.data_ptr() != block.address):
-            raise ValueError(
-                "recompute: x is not what the boundary before this place returned; call recompute() for a new block where other "
-                "streams come in"
-            )
+        if _repeats() or not (self.number or block.boundaries):
+            return
+        if self.number == len(block.boundaries) and block.last is not None:
+            storage, size, version = block.last
+            same = not storage.expired() and storage.cdata == x.untyped_storage()._cdata
+            if same and size == x.numel() and version == x._version:
+                return
+        raise ValueError(
+            "recompute: x is not what the boundary before this place returned; call recompute() for a new block where other "
+            "streams come in"
+        )
 
     def enter(self, context: Any, x: Tensor, out: Tensor) -> None:
         """Put a boundary here. ``context``: its autograd node.
@@ -73,13 +111,12 @@ class RecomputePlace(NamedTuple):
         """
         block = self.block
         if self.number < len(block.boundaries):
-            # A non-reentrant activation checkpoint repeats the forward to get at what was saved; the nodes stay the first ones.
-            if torch._C._autograd._top_saved_tensors_default_hooks(True) is None:
+            if not _repeats():
                 raise ValueError("recompute: two boundaries at one place; pass its next() to the second one")
             return
         self.check(x)
         block.boundaries.append(weakref.ref(context))
-        block.address = out.data_ptr()
+        block.last = (StorageWeakRef(out.untyped_storage()), out.numel(), out._version)
 
     def streams(self, mix: Callable[[Any, Tensor | None], Tensor]) -> Tensor:
         """The streams here, computed now with all before them if they are not there.
@@ -87,18 +124,20 @@ class RecomputePlace(NamedTuple):
         Args:
             mix: what the boundary of a context (the autograd node) wrote, given its x; None: the one that it saved.
         """
-        block = self.block
-        if self.number not in block.streams:
-            x: Tensor | None = None
-            for k in range(self.number):
-                x = mix(block.boundaries[k](), x)
-                block.streams[k + 1] = x
-        return block.streams[self.number]
+        if self.number not in self.block.streams:
+            self.block.compute(self.number, mix)
+        return self.block.streams[self.number]
 
     def release(self) -> None:
         """Free the streams after this place: nothing in this pass needs them any more."""
         for known in [known for known in self.block.streams if known > self.number]:
             del self.block.streams[known]
+
+
+def _repeats() -> bool:
+    """Whether a non-reentrant activation checkpoint repeats its forward to get at what was saved; its nodes come to nothing."""
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return hooks is not None and "_recomputation_hook" in getattr(hooks[0], "__qualname__", "")
 
 
 def recompute(length: int) -> RecomputePlace:

@@ -5,7 +5,7 @@ streams (`mhc_kernels.boundary`), and leaves them on the tensor it returns. They
 not another one (pipeline edge, a hook that replaces it), and with the same place in the autograd graph (a reentrant
 activation checkpoint returns its inner tensor with another history). Else the sublayer computes them itself, from what did
 arrive: a wrong guess about what comes next costs time, not correctness. Changing the streams in place is seen as well, where
-PyTorch counts it (not through ``.data``); in training PyTorch refuses it, as the streams are saved for the backward.
+PyTorch counts it (not through ``.data``); in training PyTorch refuses it, where the streams are saved for the backward.
 """
 
 from __future__ import annotations

@@ -41,6 +41,7 @@ class HyperConnectionInput(NormWrapper):
         self._chain = ChainLength()
         self._block_length: int | None = None
         triton = check_backend(mhc_config, config, hidden_size, plain_rms_norm(self.norm))
+        self._microbatch_group = getattr(config, "microbatch_group_size_per_vp_stage", None)
         self._recomputes = recomputes(mhc_config, config, triton)
         mark_pipeline_width(config, mhc_config.num_streams)
 
@@ -67,7 +68,9 @@ class HyperConnectionInput(NormWrapper):
         if not self._recomputes or not torch.is_grad_enabled() or not self.hyper_connection.fuses(hidden):
             return None
         if self._block_length is None:
-            self._block_length = block_length(self.hyper_connection.mhc_config, self._chain.sublayers)
+            self._block_length = block_length(
+                self.hyper_connection.mhc_config, self._chain.sublayers, self._microbatch_group
+            )
         return recompute(self._block_length)
 
     def fused_norm(self, hidden: Tensor) -> RMSNorm | None:

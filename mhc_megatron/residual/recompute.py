@@ -32,13 +32,13 @@ def automatic_length(sublayers: int, in_flight: int) -> int:
     return min(range(1, sublayers + 1), key=lambda length: (in_flight * math.ceil(sublayers / length) + length, length))
 
 
-def microbatches_in_flight() -> int:
+def microbatches_in_flight(group_size: int | None) -> int:
     """How many forward passes this rank's 1F1B schedule, interleaved or not, is ahead of its backward passes at most, given
-    microbatches enough."""
+    microbatches enough. group_size: ``microbatch_group_size_per_vp_stage``; None is Megatron's default, the stages."""
     stages = parallel_state.get_pipeline_model_parallel_world_size()
     chunks = parallel_state.get_virtual_pipeline_model_parallel_world_size() or 1
     behind = stages - parallel_state.get_pipeline_model_parallel_rank() - 1
-    return behind + 1 if chunks == 1 or stages == 1 else 2 * behind + (chunks - 1) * stages + 1
+    return behind + 1 if chunks == 1 or stages == 1 else 2 * behind + (chunks - 1) * (group_size or stages) + 1
 
 
 def recomputes(mhc_config: MHCConfig, config: Any, triton: bool) -> bool:
@@ -59,13 +59,13 @@ def recomputes(mhc_config: MHCConfig, config: Any, triton: bool) -> bool:
     return True
 
 
-def block_length(mhc_config: MHCConfig, sublayers: int) -> int:
-    """L_r: as given, or the automatic one; rank 0 says which."""
+def block_length(mhc_config: MHCConfig, sublayers: int, group_size: int | None) -> int:
+    """L_r: as given, or the automatic one, which depends on the pipeline stage; rank 0 says what it takes."""
     if mhc_config.recompute_sublayers:
         length = min(mhc_config.recompute_sublayers, sublayers)
         _report(f"blocks of {length} sublayers, as asked for ({sublayers} in a row)")
         return length
-    in_flight = microbatches_in_flight()
+    in_flight = microbatches_in_flight(group_size)
     length = automatic_length(sublayers, in_flight)
     _report(f"blocks of {length} sublayers ({sublayers} in a row, {in_flight} microbatches in flight)")
     return length

@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 
-from mhc_kernels import RecomputePlace
 from mhc_kernels.fused import functions
 from mhc_megatron import MHCConfig
 from mhc_megatron.residual import recompute
@@ -18,7 +17,7 @@ from tests.unit.test_chain import gradients
 
 pytestmark = pytest.mark.usefixtures("one_process")
 
-MHC: dict[str, Any] = {"init": "paper", "init_alpha": 0.5, "backend": "triton"}
+MHC: dict[str, Any] = {"init": "paper", "init_alpha": 0.5, "backend": "triton", "sinkhorn_iterations": 2}
 
 
 def build(mhc: dict[str, Any], **settings: Any) -> torch.nn.Module:
@@ -119,11 +118,23 @@ def test_microbatches_of_a_schedule(mixes: Counter) -> None:
     assert_same_bits(*results)
 
 
-def test_evaluation_starts_no_block(mixes: Counter, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = build({"recompute": True}, **models.DENSE)
-    monkeypatch.setattr(RecomputePlace, "enter", None)
+def test_evaluation_starts_no_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build({"recompute": True}, **models.DENSE, num_layers=1)
+    monkeypatch.setattr("mhc_megatron.residual.input.recompute", None)
     with torch.no_grad():
         models.forward(model, models.tokens(0))
+
+
+@pytest.mark.parametrize("sublayers", [2, 8])
+def test_frozen_layers(sublayers: int, mixes: Counter) -> None:
+    results = []
+    for mhc in ({"recompute": True, "recompute_sublayers": sublayers}, {}):
+        model = build(mhc, **models.DENSE)
+        for frozen in (model.embedding, *model.decoder.layers[:2]):
+            frozen.requires_grad_(False)
+        results.append(gradients(model))
+    assert mixes["again"] > 0
+    assert_same_bits(*results)
 
 
 @pytest.mark.parametrize("overrides", [{"recompute_granularity": "full"}, {"backend": "auto"}], ids=str)

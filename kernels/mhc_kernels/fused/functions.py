@@ -79,7 +79,7 @@ class Boundary(torch.autograd.Function):
         out, u, pre, post_out, res_out, kept = boundary_operators.boundary(
             x, res, post, y, y_bias, seed, p, phi, alpha, bias, True, *settings, gamma, *norm
         )
-        if recompute is not None:
+        if recompute is not None and any(ctx.needs_input_grad):  # else there will be no node
             recompute.enter(ctx, x, out)
         ctx.recompute, ctx.unpacked = recompute, None
         kept_x = x if recompute is None or recompute.is_first else None
@@ -92,17 +92,19 @@ class Boundary(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor | None, du: Tensor | None, dpost: Tensor | None, dres: Tensor | None) -> Any:
         _refuse_second_derivatives()
-        x, res, post, y, y_bias, seed, out, pre, kept, phi, alpha, bias, gamma = _unpacked(ctx)
-        if out is None:
-            out = ctx.recompute.next().streams(_mix_again)
-        if x is None:
-            x = ctx.recompute.streams(_mix_again)
-        dx, dy, dres_in, dpost_in, dgamma, *parameters = _boundary_backward(
-            ctx, g, du, None, dpost, dres, x, res, post, y, y_bias, seed, ctx.p, out, pre, kept, phi, alpha, bias, gamma
-        )
+        try:
+            x, res, post, y, y_bias, seed, out, pre, kept, phi, alpha, bias, gamma = _unpacked(ctx)
+            if out is None:
+                out = ctx.recompute.next().streams(_mix_again)
+            if x is None:
+                x = ctx.recompute.streams(_mix_again)
+            dx, dy, dres_in, dpost_in, dgamma, *parameters = _boundary_backward(
+                ctx, g, du, None, dpost, dres, x, res, post, y, y_bias, seed, ctx.p, out, pre, kept, phi, alpha, bias, gamma
+            )  # fmt: skip
+        finally:
+            ctx.unpacked = None  # it may hold what this node has made
         if ctx.recompute is not None:
             ctx.recompute.release()
-            ctx.unpacked = None
         norm = (None if gamma is None else dgamma, None)
         return dx, dres_in, dpost_in, dy, _bias_gradient(dy, y_bias), None, None, *parameters, None, None, *norm, None
 

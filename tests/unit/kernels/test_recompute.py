@@ -40,11 +40,11 @@ class Chain:
         """The last streams; blocks of that many boundaries, or none."""
         torch.manual_seed(0)
         place = None if block_length is None else recompute(block_length)
-        common: dict[str, Any] = {"backend": "triton", "norm": self.norm}
-        x, u, post, res = connect(self.x, *self.own[0], **common)
+        x, u, post, res = connect(self.x, *self.own[0], norm=self.norm, iterations=2, backend="triton")
         more: dict[str, Any] = {"dropout_p": self.dropout_p, "backend": "triton"}
+        each = {"norm": self.norm, "iterations": 2, **more}
         for own in self.own[1:]:
-            x, u, post, res = boundary(x, res, post, u.tanh(), self.bias, *own, norm=self.norm, recompute=place, **more)
+            x, u, post, res = boundary(x, res, post, u.tanh(), self.bias, *own, recompute=place, **each)
             x = self.between(x)
             self.block = None if place is None else place.block
             place = None if place is None else place.next()
@@ -120,6 +120,7 @@ def test_nothing_survives_while_the_loss_is_kept() -> None:
         out.sum().backward()
         assert block() is not None  # `out` holds the graph's nodes, they hold it
         assert block().streams == {}
+        assert all(reference().unpacked is None for reference in block().boundaries)
         del out
         assert block() is None
     finally:
@@ -135,13 +136,115 @@ def test_backward_twice() -> None:
         torch.autograd.grad(out, chain.x, torch.ones_like(out))
 
 
-def test_streams_from_elsewhere_are_refused() -> None:
+def test_partial_passes() -> None:
+    """Each leaves nothing behind that the next one would see."""
     chain = Chain()
-    chain.between = torch.clone
-    with pytest.raises(ValueError, match="for a new block"):
-        chain.run(3)
+    out = chain.run(100)
+    later, earlier = chain.own[-1], chain.own[1]
+    first = torch.autograd.grad(out.sum(), later, retain_graph=True)
+    assert chain.block.streams == {}
+    everything = torch.autograd.grad(out.sum(), [*earlier, *later], retain_graph=True)
+    for a, b in zip(everything[3:], first, strict=True):
+        assert torch.equal(a, b)
+    with torch.no_grad():
+        earlier[1].add_(0.5)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
+
+
+def test_other_readers_of_the_streams() -> None:
+    """Losses on every boundary's streams, saved tensors elsewhere in between."""
+    results = []
+    for length in (3, None):
+        chain = Chain()
+        losses: list[Tensor] = []
+        chain.between = lambda x, losses=losses: losses.append(x.float().square().sum()) or x
+        with torch.autograd.graph.save_on_cpu():
+            total = chain.run(length).float().sum() + sum(losses)
+        results.append(torch.autograd.grad(total, [chain.x, *(p for own in chain.own for p in own)]))
+    for ours, kept in zip(*results, strict=True):
+        assert torch.equal(ours, kept)
+
+
+def test_frozen_beginning() -> None:
+    """Boundaries without a backward are not part of a block."""
+    results = []
+    for length in (LENGTH, None):
+        chain = Chain()
+        for frozen in (chain.x, chain.bias, *chain.own[0], *chain.own[1], *chain.own[2]):
+            frozen.requires_grad_(False)
+        out = chain.run(length)
+        results.append(torch.autograd.grad(out.sum(), [p for own in chain.own[3:] for p in own]))
+    for ours, kept in zip(*results, strict=True):
+        assert torch.equal(ours, kept)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpoint_around_a_boundary_and_the_end(reentrant: bool) -> None:
+    results = []
+    for length in (3, None):
+        chain = Chain()
+        place = None if length is None else recompute(length)
+        own = [*chain.own]
+
+        def after(x: Tensor, u: Tensor, post: Tensor, res: Tensor, place: Any, own: Any = own) -> Tensor:
+            x, u, post, res = boundary(x, res, post, u.tanh(), None, *own[2], recompute=place, backend="triton")
+            place = None if place is None else place.next()
+            return mix(x, res, post, u.tanh(), recompute=place, backend="triton")
+
+        x, u, post, res = connect(chain.x, *own[0], backend="triton")
+        x, u, post, res = boundary(x, res, post, u.tanh(), None, *own[1], recompute=place, backend="triton")
+        place = None if place is None else place.next()
+        out = torch.utils.checkpoint.checkpoint(after, x, u, post, res, place, use_reentrant=reentrant)
+        out.sum().backward()
+        results.append([chain.x.grad, *(p.grad for o in own[:3] for p in o)])
+    for ours, kept in zip(*results, strict=True):
+        assert torch.equal(ours, kept)
+
+
+def in_place(x: Tensor) -> Tensor:
+    with torch.no_grad():
+        return x.mul_(2)
+
+
+@pytest.mark.parametrize("change", [torch.clone, in_place, lambda x: x[: T // 2]], ids=["copy", "in place", "part"])
+def test_streams_from_elsewhere_are_refused(change: Callable[[Tensor], Tensor]) -> None:
+    chain = Chain()
+    x, u, post, res = connect(chain.x, *chain.own[0], backend="triton")
+    place = recompute(3)
+    x, u, post, res = boundary(x, res, post, u, None, *chain.own[1], recompute=place, backend="triton")
+    x = change(x)
+    u, post, res = u[: len(x)], post[: len(x)], res[: len(x)]
+    for _ in range(2):
+        with pytest.raises(ValueError, match="for a new block"):
+            mix(x, res, post, u, recompute=place.next(), backend="triton")
+        with pytest.raises(ValueError, match="for a new block"):
+            boundary(x, res, post, u, None, *chain.own[2], recompute=place.next(), backend="triton")
     with torch.no_grad():  # nothing to compute again
-        chain.run(3)
+        mix(x, res, post, u, recompute=place.next(), backend="triton")
+
+
+def test_detached_in_the_middle_is_refused() -> None:
+    chain = Chain()
+    x, u, post, res = connect(chain.x, *chain.own[0], backend="triton")
+    place = recompute(3)
+    results = boundary(x, res, post, u, None, *chain.own[1], recompute=place, backend="triton")
+    x, u, post, res = (tensor.detach() for tensor in results)
+    place = place.next()
+    del results
+    x, u, post, res = boundary(x, res, post, u, None, *chain.own[2], recompute=place, backend="triton")
+    with pytest.raises(RuntimeError, match="after detach"):
+        x.sum().backward()
+
+
+def test_two_boundaries_at_one_place_under_other_hooks() -> None:
+    chain = Chain()
+    x, u, post, res = connect(chain.x, *chain.own[0], backend="triton")
+    place = recompute(3)
+    with torch.autograd.graph.save_on_cpu():
+        boundary(x, res, post, u, None, *chain.own[1], recompute=place, backend="triton")
+        with pytest.raises(ValueError, match="two boundaries at one place"):
+            boundary(x, res, post, u.tanh(), None, *chain.own[1], recompute=place, backend="triton")
 
 
 def test_bad_input() -> None:
