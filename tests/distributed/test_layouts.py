@@ -7,6 +7,7 @@ process loads those and compares. So each case also reshards a checkpoint, both 
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -30,9 +31,11 @@ PP2 = {"pipeline_model_parallel_size": 2}
 VPP2 = {**PP2, "virtual_pipeline_model_parallel_size": 2}
 INTERLEAVED = {"overlap_p2p_comm": True, "batch_p2p_comm": False}
 RECOMPUTE = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+MHC_RECOMPUTE = {"mhc": {"backend": "triton", "recompute": True}}  # with interpreted kernels: slow
 ENDS_APART = {"pipeline_model_parallel_layout": "E|tt|tt|L"}
 
-# name: (processes, parallel sizes, further settings). Dense where it says so (Megatron wants SP for TP with MoE), else MoE.
+# name: (processes, parallel sizes, further settings; "mhc": of MHCConfig). Dense where it says so (Megatron wants SP for TP
+# with MoE), else MoE.
 LAYOUTS: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
     "recompute": (1, {}, RECOMPUTE),
     "dense-tp2": (2, TP2, {}),
@@ -46,6 +49,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
     "pp2-deallocate": (2, PP2, {"deallocate_pipeline_outputs": True}),
     "pp2-vpp2": (2, VPP2, {**INTERLEAVED, "deallocate_pipeline_outputs": True}),
     "pp2-vpp2-ends-apart": (2, VPP2, {**INTERLEAVED, **ENDS_APART, "deallocate_pipeline_outputs": True}),
+    "dense-pp2-vpp2-mhc-recompute": (2, VPP2, {**INTERLEAVED, **MHC_RECOMPUTE, "deallocate_pipeline_outputs": True}),
     "pp2-ep2": (4, {**PP2, **EP2}, {}),
     "pp2-tp2-sp": (4, {**PP2, **TP2}, {"sequence_parallel": True}),
     "pp4-ends-apart": (4, {"pipeline_model_parallel_size": 4}, ENDS_APART),
@@ -57,9 +61,11 @@ def _model(name: str) -> str:
 
 
 def _train(folder: Path, settings: dict[str, Any], out: str) -> None:
+    mhc = dataclasses.replace(MHC, **settings.get("mhc", {}))
+    settings = {name: value for name, value in settings.items() if name != "mhc"}
     config = models.make_config(**models.MODELS[_model(out)], **settings)
     vpp = config.virtual_pipeline_model_parallel_size
-    chunks = [models.build(config, MHC, stage) for stage in (range(vpp) if vpp else [None])]
+    chunks = [models.build(config, mhc, stage) for stage in (range(vpp) if vpp else [None])]
     parameters = folder / f"{_model(out)}.parameters"
     if parameters.exists():
         models.load(chunks, parameters)
