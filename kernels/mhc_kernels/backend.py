@@ -16,30 +16,32 @@ _STREAM_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 @cache
-def _triton_installed() -> bool:
-    return importlib.util.find_spec("triton") is not None
-
-
-@cache
-def _triton_too_old() -> str | None:
+def _why_no_triton() -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
     import triton  # not before a kernel is wanted
 
     found = tuple(int(part) for part in triton.__version__.split(".")[:2])
     return f"the Triton kernels need triton >= 3.4, not {triton.__version__}" if found < (3, 4) else None
 
 
+# torch.compile calls these two instead of tracing what they call.
+@torch.compiler.assume_constant_result
+def _no_triton() -> str | None:
+    return _why_no_triton()
+
+
+@torch.compiler.assume_constant_result
 def _interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def why_not_triton(streams: int, width: int, dtype: torch.dtype, device: torch.device) -> str | None:
     """Why the Triton kernels can't run streams ``[..., streams, width]`` of this dtype there; None if they can."""
-    if not _triton_installed():
-        return "triton is not installed"
     if device.type != "cuda" and not (device.type == "cpu" and _interpreted()):
         return f"the Triton kernels need a CUDA device, not {device.type!r} (or TRITON_INTERPRET=1, which is slow)"
-    if (old := _triton_too_old()) is not None:
-        return old
+    if (reason := _no_triton()) is not None:
+        return reason
     if not 1 <= streams <= MAX_STREAMS:
         return f"the Triton kernels take 1 to {MAX_STREAMS} streams, not n = {streams}"
     if width % 16:

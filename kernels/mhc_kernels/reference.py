@@ -15,7 +15,6 @@ bf16 mappings leave the manifold (row sums wrong by 3e-3).
 
 from __future__ import annotations
 
-import math
 
 import torch
 from torch import Tensor
@@ -203,7 +202,10 @@ def mix(
 
 def streams_of(bias: Tensor) -> int:
     """n of a mapping bias [n*n + 2n]."""
-    return math.isqrt(bias.shape[0] + 1) - 1
+    rows, n = bias.shape[0], 0
+    while n * n + 2 * n < rows:  # no math.isqrt: torch.compile has symbols here, and a root would be one as well
+        n += 1
+    return n
 
 
 def check_sinkhorn(logits: Tensor, iterations: int) -> None:

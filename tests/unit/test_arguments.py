@@ -57,7 +57,9 @@ def test_every_field_has_a_flag(validate: Any) -> None:
         "init_alpha": 0.5,
         "eps": 1e-5,
         "weight_decay": True,
-        "backend": "reference",
+        "recompute": True,
+        "recompute_sublayers": 3,
+        "backend": "triton",
     }
     assert values.keys() == {field.name for field in dataclasses.fields(MHCConfig)}
     flags = []
@@ -93,6 +95,8 @@ def test_help_has_one_heading(validate: Any, capsys: pytest.CaptureFixture) -> N
         ("--mhc-eps 0", r"--mhc-eps must be > 0"),
         ("--mhc-init-alpha 0", r"--mhc-init-alpha must not be 0: phi would get no gradient"),
         ("--mhc-mode hc --mhc-profile deepseek-v4", r"--mhc-profile 'deepseek-v4' has no mode 'hc'"),
+        ("--mhc-recompute-sublayers 3", r"--mhc-recompute-sublayers 3 has no effect without --mhc-recompute;"),
+        ("--mhc-recompute --mhc-backend reference", r"--mhc-recompute has no effect with --mhc-backend 'reference'"),
         ("--mtp-num-layers 1", r"--mtp-num-layers \(1\): multi-token prediction"),
         ("--cuda-graph-impl local", r"--cuda-graph-impl .*use --cuda-graph-impl none"),
         ("--use-megatron-fsdp", r"--use-megatron-fsdp .*use --use-distributed-optimizer"),

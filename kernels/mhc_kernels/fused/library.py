@@ -104,4 +104,10 @@ _sizes = functools.lru_cache(1024)(Sizes)
 def sizes(x: Tensor, n: int) -> Sizes:
     """`Sizes` of streams x ``[..., n*C]``."""
     width = x.shape[-1]
-    return _sizes(x.numel() // width, width // n, n, x.dtype, x.get_device())
+    elements = x.numel()
+    if type(elements) is int:
+        return _sizes(elements // width, width // n, n, x.dtype, x.get_device())
+    tokens = 1  # torch.compile's symbols: the number of tokens may stay one
+    for dimension in range(x.dim() - 1):
+        tokens *= x.shape[dimension]
+    return Sizes(tokens, int(width) // n, n, x.dtype, x.get_device())

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mhc_kernels import aggregate, boundary, connect, mix
+from mhc_kernels import RMSNorm, aggregate, boundary, connect, mix
 from tests.unit.kernels.cases import DEVICE, ON_GPU, PARAMETERS, Case, error
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
@@ -96,20 +96,35 @@ def test_operators_pass_opcheck() -> None:
             torch.library.opcheck(ops.boundary_backward.default, arguments, test_utils=tests)
 
 
-@pytest.mark.gpu
 @pytest.mark.parametrize("dynamic", [False, True])
-def test_compiles_without_graph_breaks(dynamic: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch._dynamo.config, "disable", False)
-    case = Case(200, 4, 256, torch.bfloat16)
+@pytest.mark.parametrize("normalises", [False, True])
+def test_compiles_without_graph_breaks(dynamic: bool, normalises: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One graph, the same bits, other numbers of tokens without another compilation if they are dynamic."""
+    monkeypatch.delenv("TORCHDYNAMO_DISABLE", raising=False)
+    torch._dynamo.reset()
+    counters = torch._dynamo.utils.counters["stats"]
+    counters.clear()
+    weight = torch.rand(256, device=DEVICE).bfloat16().requires_grad_()
 
     def step(**leaves: Tensor) -> tuple[Tensor, ...]:
-        return boundary(**leaves, backend="triton")
+        norm = RMSNorm(weight, 1e-5) if normalises else None
+        own = [leaves[name] for name in PARAMETERS]
+        x, u, post, res = connect(leaves["x"], *own, norm=norm, iterations=2, backend="triton")
+        x, u, post, res = boundary(
+            **{**leaves, "x": x, "y": leaves["y"] + u}, norm=norm, iterations=2, backend="triton"
+        )
+        return mix(x, res, post, u, backend="triton"), u, post, res
 
-    eager, compiled = case.leaves(), case.leaves()
-    torch.autograd.backward(step(**eager), case.gradients)
-    torch.autograd.backward(torch.compile(step, fullgraph=True, dynamic=dynamic)(**compiled), case.gradients)
-    for name in eager:
-        assert torch.equal(eager[name].grad, compiled[name].grad), name
+    compiled_step = torch.compile(step, fullgraph=True, dynamic=dynamic, backend="inductor" if ON_GPU else "aot_eager")
+    with torch._dynamo.config.patch(disable=False):
+        for tokens in (50, 70):
+            case = Case(tokens, 4, 256, torch.bfloat16)
+            eager, compiled = case.leaves(), case.leaves()
+            torch.autograd.backward(step(**eager), case.gradients)
+            torch.autograd.backward(compiled_step(**compiled), case.gradients)
+            for name in eager:
+                assert torch.equal(eager[name].grad, compiled[name].grad), name
+    assert counters["unique_graphs"] == (1 if dynamic else 2)
 
 
 @pytest.mark.gpu
