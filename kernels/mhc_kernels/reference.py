@@ -15,7 +15,6 @@ bf16 mappings leave the manifold (row sums wrong by 3e-3).
 
 from __future__ import annotations
 
-
 import torch
 from torch import Tensor
 
