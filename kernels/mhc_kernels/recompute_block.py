@@ -136,7 +136,10 @@ class RecomputePlace(NamedTuple):
 
 def _repeats() -> bool:
     """Whether a non-reentrant activation checkpoint repeats its forward to get at what was saved; its nodes come to nothing."""
-    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    top = getattr(
+        torch._C._autograd, "_top_saved_tensors_default_hooks", None
+    )  # not in torch 2.6: such checkpoints are refused
+    hooks = None if top is None else top(True)
     return hooks is not None and "_recomputation_hook" in getattr(hooks[0], "__qualname__", "")
 
 

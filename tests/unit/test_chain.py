@@ -16,7 +16,7 @@ from tests import models
 
 pytestmark = pytest.mark.usefixtures("one_process")
 
-MHC = {"init": "paper", "init_alpha": 0.5}
+MHC = {"init": "paper", "init_alpha": 0.5, "sinkhorn_iterations": 3}  # interpreted: iterations cost seconds
 
 
 def gradients(model: torch.nn.Module, seed: int = 0) -> tuple[float, dict[str, torch.Tensor]]:
