@@ -151,7 +151,7 @@ def _check_recompute(recompute: RecomputePlace | None, backend: str) -> Recomput
         return None
     if backend != "triton" or torch.compiler.is_compiling():
         why = "the reference backend" if backend != "triton" else "torch.compile"
-        raise ValueError(f"recompute: not with {why}, which keeps what it likes; pass None")
+        raise ValueError(f"recompute: not with {why}, where autograd decides what is kept; pass None")
     return recompute
 
 

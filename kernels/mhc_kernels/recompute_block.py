@@ -23,9 +23,8 @@ class _Block:
         self.length = length
         # Weak: the autograd graph owns its nodes, and they own what they saved. A block keeps nothing alive.
         self.boundaries: list[weakref.ref[Any]] = []
-        self.last: tuple[StorageWeakRef, int, int] | None = (
-            None  # what the last boundary returned: storage, size, version
-        )
+        # Storage, size and version of what the last boundary returned.
+        self.last: tuple[StorageWeakRef, int, int] | None = None
         self.streams: dict[int, Tensor] = {}
         self.ends = False
 
@@ -71,7 +70,7 @@ class RecomputePlace(NamedTuple):
     def next(self) -> RecomputePlace:
         """The place of the streams that the boundary here returns: in this block, or the first one of another.
 
-        That is also where the boundary will have no backward, and could compute nothing again.
+        Another one as well if the boundary here has no backward: it keeps nothing to compute its streams from.
         """
         last = self.number + 1 == self.block.length
         if last or self.number >= len(self.block.boundaries):
@@ -136,9 +135,8 @@ class RecomputePlace(NamedTuple):
 
 def _repeats() -> bool:
     """Whether a non-reentrant activation checkpoint repeats its forward to get at what was saved; its nodes come to nothing."""
-    top = getattr(
-        torch._C._autograd, "_top_saved_tensors_default_hooks", None
-    )  # not in torch 2.6: such checkpoints are refused
+    # torch 2.6 may lack it; such checkpoints are then refused, by the errors above.
+    top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
     hooks = None if top is None else top(True)
     return hooks is not None and "_recomputation_hook" in getattr(hooks[0], "__qualname__", "")
 

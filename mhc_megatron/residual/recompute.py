@@ -11,19 +11,21 @@ from functools import cache
 from typing import Any
 
 from megatron.core import parallel_state
+from megatron.core.pipeline_parallel.schedules import get_pp_rank_microbatches
 from megatron.core.utils import log_single_rank
 
 from mhc_megatron.config import MHCConfig
 
 _logger = logging.getLogger(__name__)
+_MANY = 10**6  # microbatches: more than any schedule's warm-up
 
 
 def automatic_length(sublayers: int, in_flight: int) -> int:
     """The L_r that needs the least memory.
 
     In units of n*C values a token: ``in_flight * ceil(L / L_r)`` are kept, and one microbatch's backward holds up to L_r more.
-    The paper's Eq. 20 counts n + 2 where this counts n for the latter: here the mappings and the sublayers' inputs are not
-    computed again.
+    The paper (section 4.3.2) counts n + 2 where this counts n for the latter: here the mappings and the sublayers' inputs are
+    not computed again.
 
     Args:
         sublayers: L, of one pipeline chunk.
@@ -37,8 +39,8 @@ def microbatches_in_flight(group_size: int | None) -> int:
     microbatches enough. group_size: ``microbatch_group_size_per_vp_stage``; None is Megatron's default, the stages."""
     stages = parallel_state.get_pipeline_model_parallel_world_size()
     chunks = parallel_state.get_virtual_pipeline_model_parallel_world_size() or 1
-    behind = stages - parallel_state.get_pipeline_model_parallel_rank() - 1
-    return behind + 1 if chunks == 1 or stages == 1 else 2 * behind + (chunks - 1) * (group_size or stages) + 1
+    _, _, warm_up, _ = get_pp_rank_microbatches(_MANY, chunks, group_size or stages)
+    return warm_up + 1
 
 
 def recomputes(mhc_config: MHCConfig, config: Any, triton: bool) -> bool:
@@ -54,7 +56,7 @@ def recomputes(mhc_config: MHCConfig, config: Any, triton: bool) -> bool:
         _report("off: recompute_granularity 'full' keeps no streams inside a layer, and computes whole layers again")
         return False
     if not triton:
-        _report("off: the reference backend has none")
+        _report("off: the reference backend keeps all streams")
         return False
     return True
 

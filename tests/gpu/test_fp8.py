@@ -37,7 +37,9 @@ def runs() -> dict[tuple[str, str], Run]:
 
 
 @pytest.mark.parametrize("recipe", [name for name in RECIPES if name != "bf16"])
-def test_fp8_changes_no_more_than_without_mhc(recipe: str, runs: dict[tuple[str, str], Run], one_process: None) -> None:
+def test_fp8_moves_the_loss_as_it_does_without_mhc(
+    recipe: str, runs: dict[tuple[str, str], Run], one_process: None
+) -> None:
     for name in ("bf16", recipe):
         padding = {"moe_router_padding_for_fp8": True} if name != "bf16" else {}
         for kind, mhc in (("residual", None), ("mhc", MHCConfig(init="paper", recompute=True))):

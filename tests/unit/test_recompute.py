@@ -146,8 +146,6 @@ def test_says_where_it_does_not_apply(
     backend = overrides.pop("backend", "triton")
     full = {"recompute_method": "uniform", "recompute_num_layers": 1} if overrides else {}
     config = models.make_config(**models.DENSE, **overrides, **full)
-    if backend == "auto":
-        monkeypatch.setattr("mhc_megatron.residual.input.check_backend", lambda *arguments: False)
     model = models.build(config, MHCConfig(**{**MHC, "backend": backend}, recompute=True))
     assert len(set(said)) == 1
     assert said[0].startswith("off: ")
@@ -165,6 +163,20 @@ def test_automatic_length_needs_the_least_memory() -> None:
     # About the square root of L times the microbatches in flight.
     assert recompute.automatic_length(64, 1) == 8
     assert recompute.automatic_length(64, 4) == 16
+
+
+@pytest.mark.parametrize(
+    ("stages", "rank", "chunks", "group", "expected"),
+    [(1, 0, None, None, 1), (4, 0, None, None, 4), (4, 3, None, None, 1), (2, 0, 2, None, 5), (2, 1, 2, 4, 5)],
+)
+def test_microbatches_in_flight(
+    stages: int, rank: int, chunks: int | None, group: int | None, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Warm-up of 1F1B: the stages behind; interleaved: twice them and a group for every further chunk. And one more."""
+    for name, value in (("model_parallel_world_size", stages), ("model_parallel_rank", rank)):
+        monkeypatch.setattr(recompute.parallel_state, f"get_pipeline_{name}", lambda value=value: value)
+    monkeypatch.setattr(recompute.parallel_state, "get_virtual_pipeline_model_parallel_world_size", lambda: chunks)
+    assert recompute.microbatches_in_flight(group) == expected
 
 
 def test_bad_values() -> None:
