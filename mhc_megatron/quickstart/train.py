@@ -1,7 +1,8 @@
-"""A small Megatron training script, as a user would have one: nothing in it knows of mHC.
+"""A GPT training script for a pip-installed megatron-core, as a user would have one: nothing in it knows of mHC.
 
-Run by the quickstart through ``python -m mhc_megatron pretrain``, with and without ``--enable-mhc``. Reads Megatron's indexed
-dataset through GPTDataset and trains through ``megatron.training.pretrain``, under any tensor, expert or pipeline layout.
+Run by the quickstart and by examples/ through ``python -m mhc_megatron pretrain``, with and without ``--enable-mhc``. Reads
+Megatron's indexed datasets (``--data-path`` and the like, or ``--mock-data``) through GPTDataset and trains through
+``megatron.training.pretrain``, under any tensor, context, expert or pipeline layout.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
-from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
 from megatron.core.enums import ModelType
 from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
 from megatron.core.utils import get_attr_wrapped_model, get_batch_on_this_cp_rank
@@ -27,15 +28,18 @@ Batch = dict[str, torch.Tensor]
 
 def next_batch(data_iterator: Iterator[Batch], vp_stage: int | None) -> Batch | None:
     """The next microbatch, on the GPU; None for pipeline chunks that need no data."""
-    ends = (
-        parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
-        parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
-    )
-    if not any(ends):
+    if not reads_data(vp_stage):
         return None
     batch = {name: tensor.cuda(non_blocking=True) for name, tensor in next(data_iterator).items()}
     cp_group = parallel_state.get_context_parallel_group()
     return get_batch_on_this_cp_rank(batch, is_hybrid_cp=False, cp_group=cp_group)
+
+
+def reads_data(vp_stage: int | None) -> bool:
+    """Whether this pipeline chunk needs data: the first for its tokens, the last for its labels."""
+    return parallel_state.is_pipeline_first_stage(
+        ignore_virtual=False, vp_stage=vp_stage
+    ) or parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage)
 
 
 def loss_function(loss_mask: Any, output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
@@ -75,17 +79,22 @@ def datasets(samples: list[int], vp_stage: int | None = None) -> Any:
         split=args.split,
         path_to_cache=args.data_cache_path,
         tokenizer=build_tokenizer(args),
-        reset_position_ids=False,
+        reset_position_ids=args.reset_position_ids,
         reset_attention_mask=False,
-        eod_mask_loss=False,
+        eod_mask_loss=args.eod_mask_loss,
         create_attention_mask=False,
+        mmap_bin_files=args.mmap_bin_files,
+        num_dataset_builder_threads=args.num_dataset_builder_threads,
     )
-    return BlendedMegatronDatasetBuilder(GPTDataset, samples, lambda: True, config).build()
+    kind = MockGPTDataset if args.mock_data else GPTDataset
+    return BlendedMegatronDatasetBuilder(kind, samples, functools.partial(reads_data, vp_stage), config).build()
 
 
 datasets.is_distributed = True  # type: ignore[attr-defined]  # every rank builds its own: no broadcast needed
 
 if __name__ == "__main__":
     args = parse_and_validate_args()
+    if args.reset_attention_mask:
+        raise ValueError("--reset-attention-mask: this script knows only the causal mask; use Megatron-LM's pretrain_gpt.py")
     config = pretrain_cfg_container_from_args(args, gpt_config_from_args(args))
     pretrain(config, datasets, ModelType.encoder_or_decoder, forward_step)

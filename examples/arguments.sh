@@ -1,0 +1,222 @@
+# Sourced by torchrun.sh and slurm.sh: settings from the environment -> checked -> the Megatron command line.
+#
+# The models are those of table 5 of the paper (arXiv 2512.24880). Three things are not in it and were derived from its
+# parameter counts, which they reproduce to every printed digit: queries without a low-rank step (no --q-lora-rank), a
+# dense first layer as wide as the 8 experts that are active elsewhere, and "active" counting the output layer, not the
+# embedding.
+
+# fail MESSAGE: say what is wrong with which variable, and stop.
+fail() {
+    echo "mhc-megatron: $*" >&2
+    exit 2
+}
+
+# whole VARIABLE LOWEST: the variable is a whole number >= LOWEST.
+whole() {
+    [[ ${!1} =~ ^[0-9]+$ ]] && ((10#${!1} >= $2)) || fail "$1 must be a whole number >= $2, got '${!1}'"
+}
+
+# one_of VARIABLE CHOICE...
+one_of() {
+    local name=$1 choice
+    shift
+    for choice; do [[ ${!name} == "$choice" ]] && return; done
+    fail "$name must be one of: $*; got '${!name}'"
+}
+
+[[ -n ${SIZE:-} ]] || fail "name a model: $0 3b | 9b | 27b"
+[[ -f $EXAMPLES/models/$SIZE.sh ]] ||
+    fail "no model '$SIZE': there is $(cd "$EXAMPLES/models" && echo *.sh | sed 's/\.sh//g') in $EXAMPLES/models"
+# shellcheck source=models/27b.sh
+source "$EXAMPLES/models/$SIZE.sh"
+
+# --- Settings and their defaults: 8 nodes of 8 H100-80GB. README.md has the list. ---------------------------------------
+: "${PYTHON:=python}" "${CPU:=0}" "${DRY_RUN:=0}"
+: "${NNODES:=8}" "${GPUS_PER_NODE:=8}" "${TP:=1}" "${CP:=1}" "${ETP:=1}" "${PIPELINE_LAYOUT:=}"
+: "${MICRO_BATCH:=1}" "${SEQ_LEN:=4096}" "${VOCAB_SIZE:=129280}"
+: "${MODE:=mhc}" "${STREAMS:=4}" "${SINKHORN_ITERATIONS:=20}" "${MHC_INIT:=preserve}" "${MHC_BACKEND:=auto}"
+: "${RECOMPUTE:=none}" "${MHC_RECOMPUTE:=auto}" "${GRADIENT_ACCUMULATION_FUSION:=0}"
+: "${MOCK_DATA:=0}" "${DATA_PATH:=}" "${SPLIT:=99,1,0}" "${TOKENIZER_TYPE:=HuggingFaceTokenizer}" "${TOKENIZER_MODEL:=}"
+: "${CHECKPOINTS:=$PWD/checkpoints/$SIZE-$MODE}" "${SAVE_INTERVAL:=500}" "${DATA_CACHE:=$CHECKPOINTS/data-cache}"
+: "${LOG_INTERVAL:=10}" "${EVAL_INTERVAL:=1000}" "${EVAL_ITERS:=10}" "${TENSORBOARD:=}" "${EXIT_AFTER_MINUTES:=}"
+: "${TIMEOUT_MINUTES:=10}" "${MAX_RESTARTS:=0}" "${EXTRA_ARGS:=}"
+: "${PRETRAIN_SCRIPT:=${MEGATRON:+$MEGATRON/pretrain_gpt.py}}"
+
+for name in NNODES GPUS_PER_NODE TP CP PP VPP EP ETP MICRO_BATCH GLOBAL_BATCH SEQ_LEN NUM_LAYERS TRAIN_STEPS VOCAB_SIZE \
+    STREAMS SINKHORN_ITERATIONS SAVE_INTERVAL LOG_INTERVAL EVAL_INTERVAL TIMEOUT_MINUTES; do
+    whole "$name" 1
+done
+whole EVAL_ITERS 0
+whole MAX_RESTARTS 0
+[[ -z $EXIT_AFTER_MINUTES ]] || whole EXIT_AFTER_MINUTES 1
+one_of MODE residual hc mhc
+one_of RECOMPUTE none selective full
+one_of MHC_RECOMPUTE auto 0 1
+for name in CPU DRY_RUN MOCK_DATA GRADIENT_ACCUMULATION_FUSION; do one_of "$name" 0 1; done
+
+# The paper warms up for 2000 steps; a shorter run for a tenth of it.
+((TRAIN_STEPS >= 20000)) && warmup=2000 || warmup=$((TRAIN_STEPS / 10))
+: "${WARMUP_STEPS:=$warmup}"
+whole WARMUP_STEPS 0
+((WARMUP_STEPS < TRAIN_STEPS)) || fail "WARMUP_STEPS=$WARMUP_STEPS must be less than TRAIN_STEPS=$TRAIN_STEPS"
+
+# --- Layout ------------------------------------------------------------------------------------------------------------
+WORLD_SIZE=$((NNODES * GPUS_PER_NODE))
+((WORLD_SIZE % (TP * CP * PP) == 0)) ||
+    fail "$NNODES nodes x $GPUS_PER_NODE GPUs = $WORLD_SIZE are not a multiple of TP x CP x PP = $TP x $CP x $PP;" \
+        "change NNODES, GPUS_PER_NODE or one of the three"
+((WORLD_SIZE % (ETP * EP * PP) == 0)) ||
+    fail "$NNODES nodes x $GPUS_PER_NODE GPUs = $WORLD_SIZE are not a multiple of ETP x EP x PP = $ETP x $EP x $PP;" \
+        "lower EP=$EP or PP=$PP"
+DP=$((WORLD_SIZE / (TP * CP * PP)))
+for ((i = 0; i < ${#MODEL[@]}; i++)); do [[ ${MODEL[i]} == --num-experts ]] && experts=${MODEL[i + 1]}; done
+((experts % EP == 0)) || fail "$experts experts are not divisible by EP=$EP; choose a divisor of $experts"
+((GLOBAL_BATCH % (MICRO_BATCH * DP) == 0)) ||
+    fail "GLOBAL_BATCH=$GLOBAL_BATCH is not a multiple of MICRO_BATCH x data-parallel size = $MICRO_BATCH x $DP"
+microbatches=$((GLOBAL_BATCH / (MICRO_BATCH * DP)))
+
+PIPELINE=(--pipeline-model-parallel-size "$PP")
+if [[ -n $PIPELINE_LAYOUT ]]; then
+    PIPELINE+=(--pipeline-model-parallel-layout "$PIPELINE_LAYOUT")
+else
+    if ((NUM_LAYERS % (PP * VPP) != 0)); then
+        # Megatron can count the embedding and the loss as a layer each.
+        (((NUM_LAYERS + 2) % (PP * VPP) == 0)) ||
+            fail "NUM_LAYERS=$NUM_LAYERS can't be split into PP x VPP = $PP x $VPP equal chunks, nor can NUM_LAYERS + 2 (with" \
+                "the embedding and the loss); change PP or VPP, or set PIPELINE_LAYOUT (--pipeline-model-parallel-layout)"
+        PIPELINE+=(--account-for-embedding-in-pipeline-split --account-for-loss-in-pipeline-split)
+    fi
+    ((VPP == 1)) || PIPELINE+=(--num-virtual-stages-per-pipeline-rank "$VPP")
+fi
+if ((VPP > 1)); then
+    ((PP > 1)) || fail "VPP=$VPP needs a pipeline: set PP to 2 or more, or VPP=1"
+    ((microbatches % PP == 0)) ||
+        fail "VPP=$VPP needs a number of microbatches that is a multiple of PP=$PP; GLOBAL_BATCH=$GLOBAL_BATCH makes $microbatches"
+fi
+
+# --- Data and tokenizer ------------------------------------------------------------------------------------------------
+if ((MOCK_DATA)); then
+    DATA=(--mock-data)
+    TOKENIZER_TYPE=NullTokenizer
+else
+    [[ -n $DATA_PATH ]] ||
+        fail "DATA_PATH is not set: the path prefix of a Megatron indexed dataset (PREFIX.bin, PREFIX.idx), or MOCK_DATA=1"
+    read -ra blend <<<"$DATA_PATH" # one prefix, or weight prefix weight prefix ...
+    for ((i = ${#blend[@]} > 1 ? 1 : 0; i < ${#blend[@]}; i += 2)); do
+        for suffix in bin idx; do
+            [[ -f ${blend[i]}.$suffix ]] ||
+                fail "DATA_PATH: ${blend[i]}.$suffix does not exist; give the prefix of PREFIX.bin and PREFIX.idx, or MOCK_DATA=1"
+        done
+    done
+    DATA=(--data-path "${blend[@]}" --split "$SPLIT" --data-cache-path "$DATA_CACHE")
+fi
+case $TOKENIZER_TYPE in
+NullTokenizer) TOKENIZER=(--tokenizer-type NullTokenizer --vocab-size "$VOCAB_SIZE") ;; # the data are token numbers already
+*)
+    [[ -n $TOKENIZER_MODEL ]] ||
+        fail "TOKENIZER_MODEL is not set: the file, folder or Hugging Face name of a $TOKENIZER_TYPE; TOKENIZER_TYPE=NullTokenizer" \
+            "needs none"
+    if [[ $TOKENIZER_TYPE != HuggingFaceTokenizer || $TOKENIZER_MODEL == /* || $TOKENIZER_MODEL == .* ]]; then
+        [[ -e $TOKENIZER_MODEL ]] || fail "TOKENIZER_MODEL: $TOKENIZER_MODEL does not exist"
+    fi
+    TOKENIZER=(--tokenizer-type "$TOKENIZER_TYPE" --tokenizer-model "$TOKENIZER_MODEL")
+    ;;
+esac
+
+# --- The training script -----------------------------------------------------------------------------------------------
+"$PYTHON" -c 'import mhc_megatron' 2>/dev/null ||
+    fail "'$PYTHON' has no mhc_megatron: pip install it, or name another interpreter with PYTHON"
+# Stock Megatron, without a word of mHC; it comes with the package and needs no Megatron-LM checkout.
+[[ -n $PRETRAIN_SCRIPT ]] ||
+    PRETRAIN_SCRIPT=$("$PYTHON" -c 'from mhc_megatron import quickstart; print(quickstart.__path__[0])')/train.py
+[[ -f $PRETRAIN_SCRIPT ]] || fail "no training script at $PRETRAIN_SCRIPT: correct PRETRAIN_SCRIPT or MEGATRON"
+
+# --- What the sizes have in common ---------------------------------------------------------------------------------------
+MODEL+=(
+    --num-layers "$NUM_LAYERS" --moe-layer-freq "[0]*1+[1]*$((NUM_LAYERS - 1))"
+    --seq-length "$SEQ_LEN" --max-position-embeddings "$SEQ_LEN" --padded-vocab-size "$VOCAB_SIZE"
+    --multi-latent-attention --kv-lora-rank 512 --qk-head-dim 128 --qk-pos-emb-head-dim 64 --v-head-dim 128
+    --position-embedding-type rope --rope-type rope --rotary-base 10000 --no-rope-fusion
+    --normalization RMSNorm --norm-epsilon 1e-20 --swiglu --disable-bias-linear --untie-embeddings-and-output-weights
+    --hidden-dropout 0 --attention-dropout 0 --init-method-std 0.02
+    --moe-router-topk 6 --moe-router-score-function sigmoid --moe-router-dtype fp32
+    --moe-router-load-balancing-type none --moe-router-enable-expert-bias --moe-router-bias-update-rate 1e-3
+    --moe-token-dispatcher-type alltoall
+)
+# The paper lowers the rate to 0.316 of its peak after 80 % of the steps and to 0.1 after 90 %. Megatron has no steps; nearest:
+# constant, then to 0.1 along 1 - sqrt(t) over the last 20 % (0.36 at 90 %).
+TRAINING=(
+    --micro-batch-size "$MICRO_BATCH" --global-batch-size "$GLOBAL_BATCH" --train-iters "$TRAIN_STEPS"
+    --optimizer adam --adam-beta1 0.9 --adam-beta2 0.95 --adam-eps 1e-20 --weight-decay 0.1 --clip-grad 1.0
+    --lr "$LEARNING_RATE" --min-lr "$(awk "BEGIN { print $LEARNING_RATE / 10 }")" --lr-warmup-iters "$WARMUP_STEPS"
+    --lr-decay-style WSD --lr-decay-iters "$TRAIN_STEPS" --lr-wsd-decay-style minus_sqrt
+    --lr-wsd-decay-iters "$(((TRAIN_STEPS + 4) / 5))"
+    --use-distributed-optimizer --seed 1234 --num-workers 2
+    --log-interval "$LOG_INTERVAL" --log-throughput --eval-interval "$EVAL_INTERVAL" --eval-iters "$EVAL_ITERS"
+    --distributed-timeout-minutes "$TIMEOUT_MINUTES"
+)
+LAYOUT=(
+    --tensor-model-parallel-size "$TP" --context-parallel-size "$CP"
+    --expert-model-parallel-size "$EP" --expert-tensor-parallel-size "$ETP" "${PIPELINE[@]}"
+)
+((TP == 1)) || LAYOUT+=(--sequence-parallel)
+
+# A save that fails leaves the one before: Megatron names the new one in latest_checkpointed_iteration.txt last.
+SAVING=(--save "$CHECKPOINTS" --load "$CHECKPOINTS" --save-interval "$SAVE_INTERVAL" --ckpt-format torch_dist)
+[[ -z $EXIT_AFTER_MINUTES ]] || SAVING+=(--exit-duration-in-mins "$EXIT_AFTER_MINUTES")
+[[ -z $TENSORBOARD ]] || SAVING+=(--tensorboard-dir "$TENSORBOARD")
+
+LAUNCHER=(-m mhc_megatron pretrain)
+if ((CPU)); then
+    LAUNCHER+=(--cpu)
+    mapfile -t HOST < <("$PYTHON" -c 'from mhc_megatron.cpu import MEGATRON_ARGUMENTS; print(*MEGATRON_ARGUMENTS, sep="\n")')
+else
+    # The norm of the KV latent (DeepSeek's). Megatron 0.19 then norms the query projection's input as well; its local modules
+    # (CPU) can't do it without a low-rank step.
+    MODEL+=(--qk-layernorm)
+    HOST=(
+        --bf16 --transformer-impl transformer_engine --moe-grouped-gemm --moe-permute-fusion --no-persist-layer-norm
+        --overlap-grad-reduce --overlap-param-gather --cross-entropy-loss-fusion
+    )
+    # The fusion needs NVIDIA's apex for the output layer.
+    ((GRADIENT_ACCUMULATION_FUSION)) || HOST+=(--no-gradient-accumulation-fusion)
+fi
+case $RECOMPUTE in
+selective) HOST+=(--recompute-granularity selective --recompute-modules core_attn moe_act mla_up_proj) ;;
+full) HOST+=(--recompute-granularity full --recompute-method uniform --recompute-num-layers 1) ;;
+esac
+
+MHC=()
+if [[ $MODE != residual ]]; then
+    MHC=(
+        --enable-mhc --mhc-mode "$MODE" --mhc-num-streams "$STREAMS" --mhc-sinkhorn-iterations "$SINKHORN_ITERATIONS"
+        --mhc-init "$MHC_INIT" --mhc-init-alpha 0.01 --mhc-backend "$MHC_BACKEND"
+    )
+    # Off where it has no effect: without the Triton kernels and under full recompute.
+    if [[ $MHC_RECOMPUTE == auto ]]; then
+        [[ $CPU == 1 || $RECOMPUTE == full || $MHC_BACKEND == reference ]] && MHC_RECOMPUTE=0 || MHC_RECOMPUTE=1
+    fi
+    ((MHC_RECOMPUTE)) && MHC+=(--mhc-recompute)
+fi
+
+read -ra EXTRA <<<"$EXTRA_ARGS" # last: argparse takes the last of a repeated argument
+ARGUMENTS=(
+    "${MODEL[@]}" "${TRAINING[@]}" "${LAYOUT[@]}" "${HOST[@]}" "${DATA[@]}" "${TOKENIZER[@]}" "${SAVING[@]}" "${MHC[@]}" "${EXTRA[@]}"
+)
+
+# What Megatron asks for under TP or CP on GPUs before Blackwell; what ends a job whose peer has died.
+export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1} OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+export TORCH_NCCL_ASYNC_ERROR_HANDLING=${TORCH_NCCL_ASYNC_ERROR_HANDLING:-1}
+
+# dry_run COMMAND...: the command, Megatron's own checks of its arguments without a GPU, and the plan.
+dry_run() {
+    echo "$SIZE as $MODE on $NNODES nodes x $GPUS_PER_NODE: TP $TP, CP $CP, PP $PP, VPP $VPP, EP $EP, data-parallel $DP," \
+        "$microbatches microbatches of $MICRO_BATCH x $SEQ_LEN tokens"
+    echo
+    printf '%q ' "$@" "${LAUNCHER[@]}" "$PRETRAIN_SCRIPT" "${ARGUMENTS[@]}"
+    printf '\n\n'
+    "$PYTHON" -m mhc_megatron check --world-size "$WORLD_SIZE" "${ARGUMENTS[@]}"
+    if "$PYTHON" -m mhc_megatron --help | grep -qw plan; then
+        "$PYTHON" -m mhc_megatron plan --world-size "$WORLD_SIZE" "${ARGUMENTS[@]}"
+    fi
+}

@@ -1,0 +1,201 @@
+"""python -m mhc_megatron check: a launch's arguments, checked by Megatron itself, before a cluster is asked for."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import logging
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+from mhc_megatron.dry_run import LaunchError, parse
+
+
+def add_parser(commands: Any) -> None:
+    """Add `check` to the command line's sub-commands."""
+    parser = commands.add_parser(
+        "check",
+        help="check the arguments of a launch with Megatron's own parser and validation; needs no GPU",
+        description="Checks Megatron's arguments as a training script gets them: parser, validation, model configuration, "
+        "layout, microbatches, process groups, data, tokenizer and checkpoint. Starts nothing; exit status 1 if something is wrong.",
+        usage="%(prog)s --world-size N <Megatron's arguments>",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--world-size", type=int, required=True, help="GPUs of the run")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Run it; returns the exit status."""
+    from megatron.core.package_info import __version__
+
+    warnings.simplefilter("ignore")  # of every optional package that Megatron does without
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+    told = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(told):  # every argument's value, and Megatron's warnings
+            args, config = parse(options.arguments, options.world_size)
+        chunks = layers_of_chunks(args, config)
+        microbatches = _microbatches(args, config)
+        _process_groups(args)
+        _data(args)
+        _tokenizer(args)
+    except LaunchError as error:
+        # The parser prints its whole usage, and last what is wrong.
+        reasons = [line.partition(": error: ")[2] for line in told.getvalue().splitlines() if ": error: " in line]
+        print(f"check: FAILED: {'; '.join(reasons) or error}", file=sys.stderr)
+        return 1
+    print(f"check: megatron-core {__version__} accepts these arguments on {options.world_size} GPUs")
+    print(_parameters(args, config))
+    print(f"  data-parallel {args.data_parallel_size}, {microbatches} microbatches a step")
+    for stage, layers in enumerate(chunks):
+        print(f"  pipeline stage {stage}: layers {' | '.join(_ranges(chunk) for chunk in layers)}")
+    return 0
+
+
+def layers_of_chunks(args: Any, config: Any) -> list[list[range]]:
+    """The layers (from 1) of every pipeline stage's chunks, as Megatron will build them.
+
+    Raises:
+        LaunchError: if Megatron can't split the layers so.
+    """
+    from megatron.core.transformer.enums import LayerType
+    from megatron.core.transformer.transformer_block import get_num_layers_to_build
+    from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
+
+    stages = range(args.pipeline_model_parallel_size)
+    chunks = range(args.virtual_pipeline_model_parallel_size or 1)
+    layout = config.pipeline_model_parallel_layout
+
+    def layers(stage: int, chunk: int) -> range:
+        vp_stage = chunk if len(chunks) > 1 else None
+        if layout is not None:
+            count = layout.layout[stage][chunk].count(LayerType.decoder)
+            offset = sum(
+                layout.layout[s][c].count(LayerType.decoder)
+                for c in chunks
+                for s in stages
+                if (c, s) < (chunk, stage)
+            )
+        else:
+            count = get_num_layers_to_build(config, vp_stage, stage)
+            offset = get_transformer_layer_offset(config, vp_stage, stage)
+        return range(offset + 1, offset + 1 + count)
+
+    with _refusals("the layers can't be split over the pipeline"):
+        return [[layers(stage, chunk) for chunk in chunks] for stage in stages]
+
+
+def _ranges(layers: range) -> str:
+    return "none" if not layers else str(layers[0]) if len(layers) == 1 else f"{layers[0]}-{layers[-1]}"
+
+
+def _microbatches(args: Any, config: Any) -> int:
+    """What Megatron's training loop and its pipeline schedules demand of their number."""
+    step = args.micro_batch_size * args.data_parallel_size
+    if args.global_batch_size % step:
+        raise LaunchError(
+            f"--global-batch-size {args.global_batch_size} must be a multiple of --micro-batch-size x data-parallel size = "
+            f"{args.micro_batch_size} x {args.data_parallel_size}"
+        )
+    microbatches, pipeline = args.global_batch_size // step, args.pipeline_model_parallel_size
+    if args.virtual_pipeline_model_parallel_size:
+        group = config.microbatch_group_size_per_vp_stage
+        if group > microbatches or 0 < microbatches % group < pipeline:
+            raise LaunchError(
+                f"interleaved pipeline: {microbatches} microbatches can't run in groups of {group} over {pipeline} stages; make "
+                f"--global-batch-size a multiple of {step * pipeline}"
+            )
+    return microbatches
+
+
+def _process_groups(args: Any) -> None:
+    """Megatron's own construction of every group, on processes that only pretend to be there."""
+    import torch.distributed as dist
+    from megatron.core import parallel_state
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=args.world_size)
+    try:
+        with _refusals("process groups"):
+            parallel_state.initialize_model_parallel(
+                args.tensor_model_parallel_size,
+                args.pipeline_model_parallel_size,
+                args.virtual_pipeline_model_parallel_size,
+                context_parallel_size=args.context_parallel_size,
+                hierarchical_context_parallel_sizes=args.hierarchical_context_parallel_sizes,
+                expert_model_parallel_size=args.expert_model_parallel_size,
+                expert_tensor_parallel_size=args.expert_tensor_parallel_size,
+                num_distributed_optimizer_instances=args.num_distributed_optimizer_instances,
+                order="tp-cp-ep-dp-pp" if not args.use_tp_pp_dp_mapping else "tp-cp-ep-pp-dp",
+                create_gloo_process_groups=False,
+            )
+    finally:
+        parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()
+
+
+def _data(args: Any) -> None:
+    """That every dataset named on the command line is there (`--data-args-path` files are read by the training script)."""
+    for flag in ("data_path", "train_data_path", "valid_data_path", "test_data_path"):
+        blend = getattr(args, flag) or []
+        for prefix in blend if len(blend) == 1 else blend[1::2]:
+            missing = [suffix for suffix in ("bin", "idx") if not Path(f"{prefix}.{suffix}").is_file()]
+            if missing:
+                raise LaunchError(
+                    f"--{flag.replace('_', '-')} {prefix}: there is no {prefix}.{missing[0]}; give the prefix of an indexed dataset's "
+                    ".bin and .idx files"
+                )
+
+
+def _tokenizer(args: Any) -> None:
+    from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
+
+    with _refusals(f"--tokenizer-type {args.tokenizer_type}, --tokenizer-model {args.tokenizer_model}"):
+        tokenizer = build_tokenizer(args)
+    if tokenizer.vocab_size > args.padded_vocab_size:
+        raise LaunchError(
+            f"the tokenizer has {tokenizer.vocab_size} tokens, the model a vocabulary of {args.padded_vocab_size}: raise "
+            "--padded-vocab-size"
+        )
+
+
+def _parameters(args: Any, config: Any) -> str:
+    from mhc_megatron.arguments import config_from_args
+    from mhc_megatron.parameter_count import count_parameters
+
+    counts = count_parameters(
+        config,
+        args.padded_vocab_size,
+        config_from_args(args),
+        tied_embeddings=not args.untie_embeddings_and_output_weights,
+        learned_positions=args.max_position_embeddings if args.position_embedding_type == "learned_absolute" else 0,
+    )
+    return (
+        f"  {config.num_layers} layers, {_short(counts.total)} parameters, {_short(counts.active)} active a token, "
+        f"{_short(counts.mhc)} of them mHC's"
+    )
+
+
+def _short(count: int) -> str:
+    return f"{count / 1e9:.2f}B" if count >= 1e9 else f"{count / 1e6:.3g}M"
+
+
+class _refusals(contextlib.AbstractContextManager[None]):  # noqa: N801
+    """Turns what Megatron raises into a LaunchError that says what was looked at; silences what it prints."""
+
+    def __init__(self, what: str):
+        self.what = what
+        self.silence = contextlib.redirect_stdout(io.StringIO())
+
+    def __enter__(self) -> None:
+        self.silence.__enter__()
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        self.silence.__exit__(kind, error, trace)
+        if isinstance(error, Exception) and not isinstance(error, LaunchError):
+            raise LaunchError(f"{self.what}: {error or type(error).__name__}") from error
+
+
