@@ -12,6 +12,8 @@ whole NODE_RANK 0
 whole MASTER_PORT 1
 ((NODE_RANK < NNODES)) || fail "NODE_RANK=$NODE_RANK must be less than NNODES=$NNODES"
 TORCHRUN=("$PYTHON" -m torch.distributed.run --nnodes "$NNODES" --nproc-per-node "$GPUS_PER_NODE" --max-restarts "$MAX_RESTARTS")
+# Restarted workers would find the dead ones' addresses in torchrun's store (pytorch/pytorch#135712): a store for each attempt.
+((MAX_RESTARTS == 0)) || export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 if ((NNODES == 1)); then
     TORCHRUN+=(--standalone)
 else

@@ -26,9 +26,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     pretrain.add_argument("arguments", nargs=argparse.REMAINDER, help="its arguments, and --enable-mhc")
 
     from mhc_megatron import check
+    from mhc_megatron.doctor import command as doctor
     from mhc_megatron.quickstart import command as quickstart
 
-    modules = {"quickstart": quickstart, "check": check}
+    modules = {"quickstart": quickstart, "check": check, "doctor": doctor}
     for module in modules.values():
         module.add_parser(commands)
     # `check` takes Megatron's arguments after its own, in whatever order; argparse.REMAINDER would stop at the first option.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib.metadata
 import io
 import logging
 import sys
@@ -29,8 +30,6 @@ def add_parser(commands: Any) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Run it; returns the exit status."""
-    from megatron.core.package_info import __version__
-
     warnings.simplefilter("ignore")  # of every optional package that Megatron does without
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     told = io.StringIO()
@@ -47,7 +46,7 @@ def run(options: argparse.Namespace) -> int:
         reasons = [line.partition(": error: ")[2] for line in told.getvalue().splitlines() if ": error: " in line]
         print(f"check: FAILED: {'; '.join(reasons) or error}", file=sys.stderr)
         return 1
-    print(f"check: megatron-core {__version__} accepts these arguments on {options.world_size} GPUs")
+    print(f"check: megatron-core {importlib.metadata.version('megatron-core')} accepts these arguments on {options.world_size} GPUs")
     print(_parameters(args, config))
     print(f"  data-parallel {args.data_parallel_size}, {microbatches} microbatches a step")
     for stage, layers in enumerate(chunks):

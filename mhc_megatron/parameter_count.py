@@ -100,6 +100,8 @@ def _attention(config: Any) -> int:
         count += _norm(config, config.q_lora_rank) if config.qk_layernorm else 0
     else:
         count = hidden * query
+        # Megatron then norms the input of the query's projection, inside Transformer Engine's fused linear.
+        count += _norm(config, hidden) if config.qk_layernorm else 0
     count += hidden * (config.kv_lora_rank + config.qk_pos_emb_head_dim)
     count += _norm(config, config.kv_lora_rank) if config.qk_layernorm else 0
     count += config.kv_lora_rank * heads * (config.qk_head_dim + config.v_head_dim)

@@ -16,24 +16,25 @@ def enable() -> None:
     Raises:
         RuntimeError: if the installed Megatron lacks a name that a hook needs.
     """
-    for rebinding in _rebindings():
+    for rebinding in rebindings():
         rebinding.apply()
 
 
 def disable() -> None:
     """Take every hook back and forget ``--enable-mhc``."""
     set_config(None)
-    for rebinding in reversed(_rebindings()):
+    for rebinding in reversed(rebindings()):
         rebinding.revert()
 
 
-def _rebindings() -> list[Rebinding]:
+def rebindings() -> list[Rebinding]:
+    """Every hook, applied or not."""
     core = [*datasets.REBINDINGS, *model.REBINDINGS, *pipeline.REBINDINGS, *optimizer.CORE_REBINDINGS]
     try:
         import megatron.training.training  # noqa: F401
     except ImportError as error:
         print_rank_0(f"megatron.training can't be imported ({error}): no command-line flags, to_mhc_spec works")
         return core
-    from mhc_megatron.megatron_hooks import arguments, checkpoint
+    from mhc_megatron.megatron_hooks import arguments, checkpoint, failed_save
 
-    return [*core, *optimizer.TRAINING_REBINDINGS, *arguments.REBINDINGS, *checkpoint.REBINDINGS]
+    return [*core, *optimizer.TRAINING_REBINDINGS, *arguments.REBINDINGS, *checkpoint.REBINDINGS, *failed_save.REBINDINGS]

@@ -25,8 +25,8 @@ class Rebinding:
     make: Callable[[Any], Any]
     _undo: tuple[Any, str, Any] | None = field(default=None, init=False)
 
-    def apply(self) -> None:
-        """Rebind, unless done already.
+    def find(self) -> tuple[Any, str, Any]:
+        """The object that holds the name, the name's last part, and its value now. Changes nothing.
 
         Raises:
             RuntimeError: if this Megatron has no such name.
@@ -42,6 +42,15 @@ class Rebinding:
                 f"mhc-megatron: megatron-core {megatron_version} has no {self.module}.{self.name}, which 0.19 has; "
                 "install a release that mhc-megatron supports (see its README)"
             ) from None
+        return owner, last, original
+
+    def apply(self) -> None:
+        """Rebind, unless done already.
+
+        Raises:
+            RuntimeError: if this Megatron has no such name.
+        """
+        owner, last, original = self.find()
         if getattr(original, _MARK, False):
             return
         replacement = self.make(original)

@@ -27,7 +27,7 @@ def originals() -> list[Any]:
     import importlib
 
     found = []
-    for rebinding in megatron_hooks._rebindings():
+    for rebinding in megatron_hooks.rebindings():
         owner: Any = importlib.import_module(rebinding.module)
         for part in rebinding.name.split("."):
             owner = getattr(owner, part)

@@ -1,0 +1,1 @@
+"""python -m mhc_megatron doctor: what is installed here and whether it works, as a page for a bug report."""

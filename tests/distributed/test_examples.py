@@ -1,0 +1,105 @@
+"""The 27B launcher, unedited, on two CPU processes with an interleaved pipeline and real text: killed, restarted, disk full."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import signal
+import subprocess
+from pathlib import Path
+
+import psutil
+import pytest
+
+from mhc_megatron.quickstart import data
+from tests.examples import EXAMPLES, SMALL, environment
+
+STEPS, SAVED = 6, 3
+SETTINGS = {
+    **{"CPU": 1, "NNODES": 1, "GPUS_PER_NODE": 2, "PP": 2, "VPP": 2, "EP": 1, "NUM_LAYERS": 4},
+    **{"SEQ_LEN": 32, "VOCAB_SIZE": 264, "MICRO_BATCH": 2, "GLOBAL_BATCH": 8, "LEARNING_RATE": "1e-2"},
+    **{"TRAIN_STEPS": STEPS, "SAVE_INTERVAL": SAVED, "LOG_INTERVAL": 1, "EVAL_ITERS": 0, "WARMUP_STEPS": 0},
+    **{"TOKENIZER_TYPE": "NullTokenizer", "SPLIT": "90,10,0", "EXTRA_ARGS": SMALL},
+}
+ITERATION = re.compile(r"iteration\s+(\d+)/\s*\d+ \|.*\| lm loss: (\S+)")
+
+
+class Run:
+    """The launcher in its own process."""
+
+    def __init__(self, folder: Path, checkpoints: Path, before: str = "", **settings: object):
+        env = environment(**SETTINGS, DATA_PATH=folder / "text", CHECKPOINTS=checkpoints, DATA_CACHE=folder / "cache", **settings)
+        command = ["bash", "-c", f'{before} exec bash "$0" 27b', str(EXAMPLES / "torchrun.sh")]
+        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env)
+        self.output = ""
+        self.losses: list[tuple[int, float]] = []
+
+    def until(self, iteration: int | None = None) -> Run:
+        """Read on until this iteration is logged, or to the end."""
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            self.output += line
+            if found := ITERATION.search(line):
+                self.losses.append((int(found[1]), float(found[2])))
+                if self.losses[-1][0] == iteration:
+                    return self
+        self.process.wait(timeout=60)
+        return self
+
+    def rank(self, number: int) -> psutil.Process:
+        ranks = psutil.Process(self.process.pid).children(recursive=True)
+        (found,) = [rank for rank in ranks if rank.environ().get("RANK") == str(number)]
+        return found
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("examples")
+    data.prepare(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whole(folder: Path) -> dict[int, float]:
+    """Losses of an uninterrupted run; its checkpoint of iteration SAVED stays in folder/whole."""
+    run = Run(folder, folder / "whole").until()
+    assert run.process.returncode == 0, run.output[-4000:]
+    losses = dict(run.losses)
+    assert losses[STEPS] < losses[1] - 0.5
+    shutil.rmtree(folder / "whole" / f"iter_{STEPS:07}")
+    (folder / "whole" / "latest_checkpointed_iteration.txt").write_text(str(SAVED))
+    return losses
+
+
+def test_killed_rank_is_restarted(folder: Path, whole: dict[int, float]) -> None:
+    """SIGKILL of one rank: torchrun ends the other, starts both again, and the loss curve goes on as if nothing had been."""
+    run = Run(folder, folder / "killed", MAX_RESTARTS=1).until(SAVED + 1)
+    run.rank(1).send_signal(signal.SIGKILL)
+    run.until()
+    assert run.process.returncode == 0, run.output[-4000:]
+    iterations = [iteration for iteration, _ in run.losses]
+    restart = max(i for i in range(1, len(iterations)) if iterations[i] <= iterations[i - 1])
+    assert iterations[restart] == SAVED + 1
+    for iteration, loss in run.losses[:restart]:
+        assert loss == whole[iteration]
+    for iteration, loss in run.losses[restart:]:
+        # Megatron logs the second iteration after a start as the average of the first two.
+        expected = whole[iteration] if iteration != SAVED + 2 else (whole[SAVED + 1] + whole[SAVED + 2]) / 2
+        assert loss == pytest.approx(expected, rel=1e-6)
+
+
+def test_full_disk(folder: Path, whole: dict[int, float]) -> None:
+    """No room for a checkpoint (files can't grow beyond 200 KiB): the job ends and says so; the one before loads again."""
+    checkpoints = folder / "whole"
+    full = Run(folder, checkpoints, before="ulimit -f 200;").until()
+    assert full.process.returncode != 0
+    assert "File too large" in full.output
+    assert f"the checkpoint of iteration {STEPS} could not be saved to {checkpoints} (" in full.output
+    assert f"That of iteration {SAVED} is whole and the one that is loaded: make room" in full.output
+    assert (checkpoints / "latest_checkpointed_iteration.txt").read_text() == str(SAVED)
+    again = Run(folder, checkpoints).until()
+    assert again.process.returncode == 0, again.output[-4000:]
+    assert again.losses == full.losses
+    assert min(again.losses)[0] == SAVED + 1
+    assert dict(again.losses)[STEPS] == pytest.approx(whole[STEPS], rel=1e-6)
+    assert (checkpoints / "latest_checkpointed_iteration.txt").read_text() == str(STEPS)

@@ -1,0 +1,37 @@
+"""The example launchers as the tests run them: unedited, with settings in the environment."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+# Every model of the examples, its widths reduced for a CPU.
+SMALL = (
+    "--hidden-size 32 --num-attention-heads 4 --ffn-hidden-size 64 --num-experts 8 --moe-ffn-hidden-size 16 "
+    "--moe-shared-expert-intermediate-size 32 --kv-lora-rank 16 --qk-head-dim 8 --qk-pos-emb-head-dim 8 --v-head-dim 8 "
+    "--num-workers 0"
+)
+
+
+def environment(**settings: object) -> dict[str, str]:
+    """This process's environment without settings of a launcher, and these."""
+    inherited = {name: value for name, value in os.environ.items() if name not in _settings()}
+    root = EXAMPLES.parent
+    paths = [str(root), str(root / "kernels"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    inherited |= {"PYTHON": sys.executable, "PYTHONPATH": os.pathsep.join(paths)}
+    return inherited | {name: str(value) for name, value in settings.items()}
+
+
+def _settings() -> set[str]:
+    scripts = [*EXAMPLES.glob("*.sh"), *EXAMPLES.glob("models/*.sh")]
+    return {name for script in scripts for name in re.findall(r"\$\{([A-Z_]+):=", script.read_text())}
+
+
+def launch(*arguments: str, script: str = "torchrun.sh", **settings: object) -> subprocess.CompletedProcess[str]:
+    """Run a launcher to its end."""
+    command = ["bash", str(EXAMPLES / script), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env=environment(**settings), timeout=300)

@@ -1,0 +1,82 @@
+"""The doctor: its page on this machine, and that it notices what is broken."""
+
+from __future__ import annotations
+
+import argparse
+import getpass
+import json
+import os
+import socket
+import subprocess
+import sys
+
+import pytest
+
+from mhc_kernels import self_test
+from mhc_megatron import megatron_hooks
+from mhc_megatron.doctor import command, communication
+from mhc_megatron.megatron_hooks.rebind import Rebinding
+
+
+def test_page() -> None:
+    """As a user runs it: everything works here, every hook is listed, and nothing says whose machine it is."""
+    done = subprocess.run(
+        [sys.executable, "-m", "mhc_megatron", "doctor"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "NCCL_SOCKET_IFNAME": "secret0", "WANDB_API_KEY": "secret1"},
+    )
+    page = done.stdout
+    assert done.returncode == 0, page + done.stderr
+    for section in ("Versions", "Machine", "Kernels", "Communication", "Hooks", "Result"):
+        assert f"\n## {section}\n" in page
+    for package in ("python", "torch", "triton", "transformer-engine", "apex", "megatron-core", "mhc-megatron"):
+        assert f"\n- {package}: " in page
+    for rebinding in megatron_hooks.rebindings():
+        assert f"{rebinding.module}.{rebinding.name}: ok" in page
+    assert "not checked: there is no CUDA GPU" in page
+    assert "sum and ring exchange right" in page
+    assert "checks passed" in page
+    private = {socket.gethostname(), getpass.getuser(), os.getcwd(), "secret"} - {"localhost", "root"}
+    assert not [word for word in private if word in page]
+
+
+def problems(findings: list[command.Finding]) -> list[str]:
+    return [f"{finding.name}: {finding.text}" for finding in findings if finding.passed is False]
+
+
+def test_missing_hook(monkeypatch: pytest.MonkeyPatch) -> None:
+    moved = Rebinding("megatron.training.training", "train_forever", lambda original: original)
+    gone = Rebinding("megatron.no_such_module", "name", lambda original: original)
+    monkeypatch.setattr(megatron_hooks, "rebindings", lambda: [moved, gone])
+    first, second = problems(command._hooks())
+    assert first.startswith("megatron.training.training.train_forever: RuntimeError: mhc-megatron: megatron-core 0.19.2")
+    assert "ModuleNotFoundError" in second
+
+
+def test_wrong_kernel(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """A result that is off by one part in 10,000 is found, named, and fails the command."""
+    right = self_test.boundary
+
+    def wrong(**arguments):
+        streams, u, post, res = right(**arguments)
+        return streams, u * 1.0001, post, res
+
+    monkeypatch.setattr(self_test, "boundary", wrong)
+    monkeypatch.setattr(command, "_communication", list)
+    assert command.run(argparse.Namespace(json=False)) == 1
+    page = capsys.readouterr().out
+    assert "- BROKEN: Kernels, reference, float32: " in page
+    assert "too far off: u" in page
+
+
+def test_json(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def fails() -> tuple[str, str, bool]:
+        raise OSError("no network")
+
+    monkeypatch.setattr(communication, "exchange", fails)
+    assert command.run(argparse.Namespace(json=True)) == 1
+    report = json.loads(capsys.readouterr().out)
+    assert report["broken"] == 1
+    (broken,) = [finding for finding in report["findings"] if finding["passed"] is False]
+    assert broken == {"section": "Communication", "name": "check", "text": "OSError: no network", "passed": False}

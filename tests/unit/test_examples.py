@@ -1,0 +1,204 @@
+"""The example launchers without training: dry runs of every size, bad input, Slurm's part."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.examples import EXAMPLES, environment, launch
+
+# arXiv 2512.24880, table 5: total and active parameters, learning rate, batch, steps.
+PAPER = {
+    "3b": (2.97e9, 612e6, "8.6e-4", 320, 30000),
+    "9b": (9.18e9, 1.66e9, "5.9e-4", 512, 50000),
+    "27b": (27.0e9, 4.14e9, "4.0e-4", 1280, 50000),
+}
+UNITS = {"B": 1e9, "M": 1e6}
+
+
+def flags(output: str, script: str) -> dict[str, str]:
+    """Flag -> value of the printed command."""
+    (line,) = [line for line in output.splitlines() if "mhc_megatron pretrain" in line]
+    words = shlex.split(line)
+    found = {}
+    for word, following in zip(words, [*words[1:], "--"], strict=True):
+        if word.startswith("--"):
+            name, _, value = word.partition("=")
+            found[name] = value or ("" if following.startswith("--") else following)
+    return found
+
+
+def parameters(output: str) -> tuple[float, float]:
+    numbers = re.search(r"([\d.]+)([BM]) parameters, ([\d.]+)([BM]) active", output)
+    assert numbers, output
+    return float(numbers[1]) * UNITS[numbers[2]], float(numbers[3]) * UNITS[numbers[4]]
+
+
+@pytest.mark.parametrize(
+    ("size", "script", "mode"),
+    [
+        ("3b", "torchrun.sh", "mhc"),
+        ("9b", "torchrun.sh", "hc"),
+        ("27b", "torchrun.sh", "mhc"),
+        ("27b", "slurm.sh", "residual"),
+    ],
+)
+def test_dry_run(size: str, script: str, mode: str) -> None:
+    """Megatron accepts the command as it is, for 64 GPUs, and the model is the paper's."""
+    done = launch(size, script=script, DRY_RUN=1, MOCK_DATA=1, MODE=mode)
+    output = done.stdout
+    assert done.returncode == 0, output + done.stderr
+    assert "accepts these arguments on 64 GPUs" in output
+    total, active, rate, batch, steps = PAPER[size]
+    assert parameters(output) == pytest.approx((total, active), rel=0.02)
+    given = flags(output, script)
+    assert given["--lr"] == rate
+    assert float(given["--min-lr"]) == pytest.approx(float(rate) / 10)
+    assert (given["--global-batch-size"], given["--train-iters"]) == (str(batch), str(steps))
+    assert ("--enable-mhc" in given) == (mode != "residual")
+    assert given.get("--mhc-mode", "residual") == mode
+    layers = [layer for chunk in re.findall(r"stage \d+: layers (.*)", output) for layer in _expand(chunk)]
+    assert sorted(layers) == list(range(1, int(given["--num-layers"]) + 1))
+    if script == "slurm.sh":
+        assert "srun --nodes 8 --ntasks-per-node 1 --kill-on-bad-exit=1" in output
+
+
+def _expand(chunks: str) -> list[int]:
+    ranges = [part.split("-") for part in chunks.split(" | ") if part != "none"]
+    return [layer for first, *last in ranges for layer in range(int(first), int((last or [first])[0]) + 1)]
+
+
+def test_dry_run_refuses_what_megatron_refuses() -> None:
+    """From the parser, from Megatron's validation, from the model configuration, from mHC: not zero, and why."""
+    for extra, reason in {
+        "--no-such-flag 3": "unrecognized arguments: --no-such-flag 3",
+        "--context-parallel-size 3": "world size (64) is not divisible by total_model_size",
+    }.items():
+        done = launch("3b", DRY_RUN=1, MOCK_DATA=1, EXTRA_ARGS=extra)
+        assert done.returncode == 1
+        assert f"check: FAILED: {reason}" in done.stderr
+        assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"MODE": "mch"}, "MODE must be one of: residual hc mhc; got 'mch'"),
+        ({"RECOMPUTE": "some"}, "RECOMPUTE must be one of: none selective full; got 'some'"),
+        ({"PP": "two"}, "PP must be a whole number >= 1, got 'two'"),
+        ({"EP": "5", "GPUS_PER_NODE": 10}, "72 experts are not divisible by EP=5; choose a divisor of 72"),
+        ({"EP": "64"}, "lower EP=64 or PP=4"),
+        ({"TP": "3"}, "64 are not a multiple of TP x CP x PP = 3 x 1 x 4"),
+        ({"VPP": "3"}, "NUM_LAYERS=30 can't be split into PP x VPP = 4 x 3 equal chunks, nor can NUM_LAYERS + 2"),
+        ({"PP": "1"}, "VPP=4 needs a pipeline: set PP to 2 or more, or VPP=1"),
+        ({"GLOBAL_BATCH": "100"}, "GLOBAL_BATCH=100 is not a multiple of MICRO_BATCH x data-parallel size = 1 x 16"),
+        ({"GLOBAL_BATCH": "96"}, "VPP=4 needs a number of microbatches that is a multiple of PP=4; GLOBAL_BATCH=96 makes 6"),
+        ({"MOCK_DATA": "0"}, "DATA_PATH is not set"),
+        ({"MOCK_DATA": "0", "DATA_PATH": "/no/text"}, "DATA_PATH: /no/text.bin does not exist"),
+        ({"MOCK_DATA": "0", "DATA_PATH": "0.5 /no/a 0.5 /no/b"}, "DATA_PATH: /no/a.bin does not exist"),
+        ({"MEGATRON": "/no/megatron"}, "no training script at /no/megatron/pretrain_gpt.py"),
+        ({"PYTHON": "/bin/true_"}, "'/bin/true_' has no mhc_megatron"),
+        ({"WARMUP_STEPS": "50000"}, "WARMUP_STEPS=50000 must be less than TRAIN_STEPS=50000"),
+        ({"NODE_RANK": "8"}, "NODE_RANK=8 must be less than NNODES=8"),
+        ({}, "MASTER_ADDR is not set: with NNODES=8"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_bad_input(settings: dict[str, str], message: str) -> None:
+    """Named before anything is started: the variable, its value, the remedy."""
+    done = launch("27b", **{"MOCK_DATA": "1", **settings})
+    assert done.returncode == 2
+    assert done.stderr.startswith("mhc-megatron: ")
+    assert message in done.stderr
+    assert not done.stdout
+
+
+def test_missing_tokenizer(tmp_path: Path) -> None:
+    for suffix in ("bin", "idx"):
+        (tmp_path / f"text.{suffix}").touch()
+    there = {"MOCK_DATA": "0", "DATA_PATH": tmp_path / "text"}
+    assert "TOKENIZER_MODEL is not set" in launch("27b", **there).stderr
+    missing = launch("27b", **there, TOKENIZER_MODEL="/no/tokenizer")
+    assert "TOKENIZER_MODEL: /no/tokenizer does not exist" in missing.stderr
+
+
+def test_unknown_size() -> None:
+    assert "no model '4b': there is 27b 3b 9b in" in launch("4b").stderr
+    assert "name a model" in launch().stderr
+
+
+class TestSlurm:
+    """slurm.sh under stand-ins for srun and scontrol, which record what they are told."""
+
+    def submit(self, folder: Path, saved: int, status: int, **settings: object) -> tuple[int, str, str]:
+        """Run it as batch job 77 whose training gets to iteration ``saved`` and ends with this status."""
+        checkpoints = folder / "checkpoints"
+        checkpoints.mkdir(exist_ok=True)
+        (folder / "srun").write_text(
+            f'#!/bin/sh\necho "$@" "MASTER=$MASTER_ADDR JOB=$JOB_ID" > {folder}/srun.log\n'
+            f"echo {saved} > {checkpoints}/latest_checkpointed_iteration.txt\nexit {status}\n"
+        )
+        (folder / "scontrol").write_text(
+            f'#!/bin/sh\n[ "$1" = show ] && {{ echo node7; echo node8; exit; }}\necho "$@" >> {folder}/scontrol.log\n'
+        )
+        for name in ("srun", "scontrol"):
+            (folder / name).chmod(0o755)
+        script = folder / "slurm_script"  # sbatch runs a copy
+        script.write_text((EXAMPLES / "slurm.sh").read_text())
+        env = environment(
+            SLURM_JOB_ID=77,
+            SLURM_SUBMIT_DIR=EXAMPLES.parent,
+            SLURM_JOB_NUM_NODES=2,
+            SLURM_JOB_NODELIST="node[7-8]",
+            CHECKPOINTS=checkpoints,
+            MOCK_DATA=1,
+            TRAIN_STEPS=100,
+            GLOBAL_BATCH=320,
+            **settings,
+        )
+        env["PATH"] = f"{folder}:{env['PATH']}"
+        done = subprocess.run(["bash", str(script), "3b"], capture_output=True, text=True, env=env)
+        log = folder / "scontrol.log"
+        return done.returncode, done.stdout + done.stderr, log.read_text() if log.exists() else ""
+
+    def test_failure_after_a_checkpoint_is_requeued(self, tmp_path: Path) -> None:
+        status, output, told = self.submit(tmp_path, saved=40, status=1)
+        assert status == 1
+        assert "exit status 1 at iteration 40 of 100; requeued" in output
+        assert told == "requeue 77\n"
+        srun = (tmp_path / "srun.log").read_text()
+        assert srun.startswith("--nodes 2 --ntasks-per-node 1 --kill-on-bad-exit=1 bash -c")
+        assert srun.endswith("3b MASTER=node7 JOB=77-0\n")
+
+    def test_failure_without_progress_is_not(self, tmp_path: Path) -> None:
+        self.submit(tmp_path, saved=40, status=1)
+        status, _, told = self.submit(tmp_path, saved=40, status=1)
+        assert status == 1
+        assert told == "requeue 77\n", "requeued a second time"
+
+    def test_end_of_the_time_slice(self, tmp_path: Path) -> None:
+        """EXIT_AFTER_MINUTES ends a run in good order: it goes on later."""
+        status, _, told = self.submit(tmp_path, saved=60, status=0)
+        assert (status, told) == (0, "requeue 77\n")
+
+    def test_the_end(self, tmp_path: Path) -> None:
+        assert self.submit(tmp_path, saved=100, status=0)[::2] == (0, "")
+
+    def test_switched_off(self, tmp_path: Path) -> None:
+        assert self.submit(tmp_path, saved=40, status=1, REQUEUE=0)[::2] == (1, "")
+
+
+def test_custom_model() -> None:
+    """The documented command; its loss falls below the text's byte frequencies (about 3.2 nats)."""
+    script = EXAMPLES / "custom_model.py"
+    assert len(script.read_text().splitlines()) < 80
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, env=environment(), timeout=300)
+    assert done.returncode == 0, done.stderr[-4000:]
+    losses = [float(loss) for loss in re.findall(r"loss (\S+)", done.stdout)]
+    assert losses[0] > 5
+    assert losses[-1] < 3.2
