@@ -21,7 +21,8 @@ def add_parser(commands: Any) -> None:
         "check",
         help="check the arguments of a launch with Megatron's own parser and validation; needs no GPU",
         description="Checks Megatron's arguments as a training script gets them: parser, validation, model configuration, "
-        "layout, microbatches, process groups, data, tokenizer and checkpoint. Starts nothing; exit status 1 if something is wrong.",
+        "layout, microbatches, process groups, data and tokenizer, and an mHC run's checkpoint. Starts nothing. Exit status 1 if "
+        "something is wrong.",
         usage="%(prog)s --world-size N <Megatron's arguments>",
         allow_abbrev=False,
     )
@@ -38,6 +39,7 @@ def run(options: argparse.Namespace) -> int:
             args, config = parse(options.arguments, options.world_size)
         chunks = layers_of_chunks(args, config)
         microbatches = _microbatches(args, config)
+        parameters = _parameters(args, config)
         _process_groups(args)
         _data(args)
         _tokenizer(args)
@@ -46,8 +48,10 @@ def run(options: argparse.Namespace) -> int:
         reasons = [line.partition(": error: ")[2] for line in told.getvalue().splitlines() if ": error: " in line]
         print(f"check: FAILED: {'; '.join(reasons) or error}", file=sys.stderr)
         return 1
-    print(f"check: megatron-core {importlib.metadata.version('megatron-core')} accepts these arguments on {options.world_size} GPUs")
-    print(_parameters(args, config))
+    print(
+        f"check: megatron-core {importlib.metadata.version('megatron-core')} accepts these arguments on {options.world_size} GPUs"
+    )
+    print(parameters)
     print(f"  data-parallel {args.data_parallel_size}, {microbatches} microbatches a step")
     for stage, layers in enumerate(chunks):
         print(f"  pipeline stage {stage}: layers {' | '.join(_ranges(chunk) for chunk in layers)}")
@@ -73,10 +77,7 @@ def layers_of_chunks(args: Any, config: Any) -> list[list[range]]:
         if layout is not None:
             count = layout.layout[stage][chunk].count(LayerType.decoder)
             offset = sum(
-                layout.layout[s][c].count(LayerType.decoder)
-                for c in chunks
-                for s in stages
-                if (c, s) < (chunk, stage)
+                layout.layout[s][c].count(LayerType.decoder) for c in chunks for s in stages if (c, s) < (chunk, stage)
             )
         else:
             count = get_num_layers_to_build(config, vp_stage, stage)
@@ -144,8 +145,8 @@ def _data(args: Any) -> None:
             missing = [suffix for suffix in ("bin", "idx") if not Path(f"{prefix}.{suffix}").is_file()]
             if missing:
                 raise LaunchError(
-                    f"--{flag.replace('_', '-')} {prefix}: there is no {prefix}.{missing[0]}; give the prefix of an indexed dataset's "
-                    ".bin and .idx files"
+                    f"--{flag.replace('_', '-')} {prefix}: there is no {prefix}.{missing[0]}; give the prefix of an "
+                    "indexed dataset's .bin and .idx files"
                 )
 
 
@@ -165,13 +166,18 @@ def _parameters(args: Any, config: Any) -> str:
     from mhc_megatron.arguments import config_from_args
     from mhc_megatron.parameter_count import count_parameters
 
-    counts = count_parameters(
-        config,
-        args.padded_vocab_size,
-        config_from_args(args),
-        tied_embeddings=not args.untie_embeddings_and_output_weights,
-        learned_positions=args.max_position_embeddings if args.position_embedding_type == "learned_absolute" else 0,
-    )
+    try:
+        counts = count_parameters(
+            config,
+            args.padded_vocab_size,
+            config_from_args(args),
+            tied_embeddings=not args.untie_embeddings_and_output_weights,
+            learned_positions=args.max_position_embeddings if args.position_embedding_type == "learned_absolute" else 0,
+        )
+    except NotImplementedError as error:
+        return f"  {config.num_layers} layers; {error}"
+    except ValueError as error:
+        raise LaunchError(str(error)) from error
     return (
         f"  {config.num_layers} layers, {_short(counts.total)} parameters, {_short(counts.active)} active a token, "
         f"{_short(counts.mhc)} of them mHC's"
@@ -196,5 +202,3 @@ class _refusals(contextlib.AbstractContextManager[None]):  # noqa: N801
         self.silence.__exit__(kind, error, trace)
         if isinstance(error, Exception) and not isinstance(error, LaunchError):
             raise LaunchError(f"{self.what}: {error or type(error).__name__}") from error
-
-

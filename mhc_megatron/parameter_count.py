@@ -39,8 +39,14 @@ def count_parameters(
 
     Raises:
         NotImplementedError: for the parts of Megatron that are not counted here.
+        ValueError: for a ``moe_layer_freq`` of another length than the model.
     """
-    for unsupported in ("moe_latent_size", "mtp_num_layers", "experimental_attention_variant", "heterogeneous_block_specs"):
+    for unsupported in (
+        "moe_latent_size",
+        "mtp_num_layers",
+        "experimental_attention_variant",
+        "heterogeneous_block_specs",
+    ):
         if getattr(config, unsupported, None):
             raise NotImplementedError(f"parameters of a model with {unsupported} are not counted")
     hidden, norm = config.hidden_size, _norm(config, config.hidden_size)
@@ -49,7 +55,7 @@ def count_parameters(
         common = _attention(config) + 2 * norm
         if is_moe:
             expert = _mlp(config, config.moe_ffn_hidden_size)
-            common += hidden * config.num_moe_experts  # the router; its balancing bias is no parameter
+            common += _linear(config, hidden, config.num_moe_experts)  # the router; its balancing bias is no parameter
             if config.moe_shared_expert_intermediate_size:
                 common += _mlp(config, config.moe_shared_expert_intermediate_size)
                 common += hidden if config.moe_shared_expert_gate else 0
@@ -65,12 +71,14 @@ def count_parameters(
 
 
 def moe_layers(config: Any) -> list[bool]:
-    """For each layer, whether it is a MoE layer (``moe_layer_freq``)."""
+    """For each layer, whether it is a MoE layer (``moe_layer_freq``). Raises ValueError if it has another length."""
     layers, frequency = config.num_layers, config.moe_layer_freq
     if not config.num_moe_experts:
         return [False] * layers
     if isinstance(frequency, int):
         return [i % frequency == 0 for i in range(layers)]
+    if len(frequency) != layers:
+        raise ValueError(f"moe_layer_freq has {len(frequency)} entries, the model {layers} layers")
     return [bool(is_moe) for is_moe in frequency]
 
 

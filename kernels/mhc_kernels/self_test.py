@@ -28,7 +28,13 @@ class Deviation(NamedTuple):
 
 
 def deviations(
-    device: torch.device, dtype: torch.dtype, *, backend: str = "auto", tokens: int = 256, streams: int = 4, width: int = 1280
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    backend: str = "auto",
+    tokens: int = 256,
+    streams: int = 4,
+    width: int = 1280,
 ) -> list[Deviation]:
     """Run `boundary` forward and backward on random arguments ``x [tokens, streams, width]`` of this dtype.
 
@@ -40,7 +46,8 @@ def deviations(
     """
     ours = _arguments(tokens, streams, width, dtype, device)
     exact = {name: value.detach().to(torch.float64).requires_grad_() for name, value in ours.items()}
-    results = boundary(**ours, backend=backend)
+    x, res, post, y, bias, *parameters = ours.values()
+    results = boundary(x, res, post, y, bias, *parameters, backend=backend)
     generator = torch.Generator().manual_seed(1)
     gradients = [torch.randn(r.shape, generator=generator).to(r) for r in results]
     torch.autograd.backward(results, gradients)

@@ -85,7 +85,9 @@ def _kernels() -> list[Finding]:
     device = torch.device("cuda" if gpu else "cpu")
     found = []
     if not gpu:
-        found.append(Finding("Kernels", "Triton kernels", "not checked: there is no CUDA GPU; the reference is checked"))
+        found.append(
+            Finding("Kernels", "Triton kernels", "not checked: there is no CUDA GPU; the reference is checked")
+        )
     for dtype in (torch.float32, torch.bfloat16) if gpu else (torch.float32,):
         backend, what = "reference", f"reference, {_name(dtype)}"
         if gpu:
@@ -97,8 +99,8 @@ def _kernels() -> list[Finding]:
         results = deviations(device, dtype, backend=backend, tokens=4096 if gpu else 32, width=1280 if gpu else 64)
         worst = max(results, key=lambda d: d.error / d.bound if d.error == d.error else float("inf"))
         failed = ", ".join(d.name for d in results if not d.passed)
-        text = f"{len(results)} results and gradients of a boundary against float64: {worst.name} is furthest off, by {worst.error:.1e}"
-        text += f" (allowed: {worst.bound:.0e})" + (f"; too far off: {failed}" if failed else "")
+        text = f"{len(results)} results and gradients of a boundary against float64: {worst.name} is furthest off, by "
+        text += f"{worst.error:.1e} (allowed: {worst.bound:.0e})" + (f"; too far off: {failed}" if failed else "")
         found.append(Finding("Kernels", what, text, not failed))
     return found
 
@@ -142,5 +144,3 @@ def _resolves(find: Callable[[], Any]) -> tuple[str, bool]:
 
 def _one_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())}"[:500]
-
-

@@ -75,7 +75,9 @@ def _rank(rank: int, world: int, backend: str, folder: str) -> None:
         theirs.zero_()
         dist.barrier()
         start = time.perf_counter()
-        for request in dist.batch_isend_irecv([dist.P2POp(dist.isend, ours, right), dist.P2POp(dist.irecv, theirs, left)]):
+        for request in dist.batch_isend_irecv(
+            [dist.P2POp(dist.isend, ours, right), dist.P2POp(dist.irecv, theirs, left)]
+        ):
             request.wait()
         if backend == "nccl":
             torch.cuda.synchronize()

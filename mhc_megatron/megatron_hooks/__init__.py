@@ -37,4 +37,10 @@ def rebindings() -> list[Rebinding]:
         return core
     from mhc_megatron.megatron_hooks import arguments, checkpoint, failed_save
 
-    return [*core, *optimizer.TRAINING_REBINDINGS, *arguments.REBINDINGS, *checkpoint.REBINDINGS, *failed_save.REBINDINGS]
+    return [
+        *core,
+        *optimizer.TRAINING_REBINDINGS,
+        *arguments.REBINDINGS,
+        *checkpoint.REBINDINGS,
+        *failed_save.REBINDINGS,
+    ]

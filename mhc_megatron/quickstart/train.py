@@ -95,6 +95,8 @@ datasets.is_distributed = True  # type: ignore[attr-defined]  # every rank build
 if __name__ == "__main__":
     args = parse_and_validate_args()
     if args.reset_attention_mask:
-        raise ValueError("--reset-attention-mask: this script knows only the causal mask; use Megatron-LM's pretrain_gpt.py")
+        raise ValueError(
+            "--reset-attention-mask: this script knows only the causal mask; use Megatron-LM's pretrain_gpt.py"
+        )
     config = pretrain_cfg_container_from_args(args, gpt_config_from_args(args))
     pretrain(config, datasets, ModelType.encoder_or_decoder, forward_step)

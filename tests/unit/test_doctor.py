@@ -50,7 +50,9 @@ def test_missing_hook(monkeypatch: pytest.MonkeyPatch) -> None:
     gone = Rebinding("megatron.no_such_module", "name", lambda original: original)
     monkeypatch.setattr(megatron_hooks, "rebindings", lambda: [moved, gone])
     first, second = problems(command._hooks())
-    assert first.startswith("megatron.training.training.train_forever: RuntimeError: mhc-megatron: megatron-core 0.19.2")
+    assert first.startswith(
+        "megatron.training.training.train_forever: RuntimeError: mhc-megatron: megatron-core 0.19.2"
+    )
     assert "ModuleNotFoundError" in second
 
 
@@ -58,8 +60,8 @@ def test_wrong_kernel(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFix
     """A result that is off by one part in 10,000 is found, named, and fails the command."""
     right = self_test.boundary
 
-    def wrong(**arguments):
-        streams, u, post, res = right(**arguments)
+    def wrong(*arguments, **settings):
+        streams, u, post, res = right(*arguments, **settings)
         return streams, u * 1.0001, post, res
 
     monkeypatch.setattr(self_test, "boundary", wrong)

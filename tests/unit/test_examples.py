@@ -73,16 +73,10 @@ def _expand(chunks: str) -> list[int]:
     return [layer for first, *last in ranges for layer in range(int(first), int((last or [first])[0]) + 1)]
 
 
-def test_dry_run_refuses_what_megatron_refuses() -> None:
-    """From the parser, from Megatron's validation, from the model configuration, from mHC: not zero, and why."""
-    for extra, reason in {
-        "--no-such-flag 3": "unrecognized arguments: --no-such-flag 3",
-        "--context-parallel-size 3": "world size (64) is not divisible by total_model_size",
-    }.items():
-        done = launch("3b", DRY_RUN=1, MOCK_DATA=1, EXTRA_ARGS=extra)
-        assert done.returncode == 1
-        assert f"check: FAILED: {reason}" in done.stderr
-        assert "Traceback" not in done.stderr
+def test_dry_run_fails_on_what_megatron_refuses() -> None:
+    done = launch("3b", DRY_RUN=1, MOCK_DATA=1, EXTRA_ARGS="--no-such-flag 3")
+    assert done.returncode == 1
+    assert done.stderr == "check: FAILED: unrecognized arguments: --no-such-flag 3\n"
 
 
 @pytest.mark.parametrize(
@@ -97,7 +91,10 @@ def test_dry_run_refuses_what_megatron_refuses() -> None:
         ({"VPP": "3"}, "NUM_LAYERS=30 can't be split into PP x VPP = 4 x 3 equal chunks, nor can NUM_LAYERS + 2"),
         ({"PP": "1"}, "VPP=4 needs a pipeline: set PP to 2 or more, or VPP=1"),
         ({"GLOBAL_BATCH": "100"}, "GLOBAL_BATCH=100 is not a multiple of MICRO_BATCH x data-parallel size = 1 x 16"),
-        ({"GLOBAL_BATCH": "96"}, "VPP=4 needs a number of microbatches that is a multiple of PP=4; GLOBAL_BATCH=96 makes 6"),
+        (
+            {"GLOBAL_BATCH": "96"},
+            "VPP=4 needs a number of microbatches that is a multiple of PP=4; GLOBAL_BATCH=96 makes 6",
+        ),
         ({"MOCK_DATA": "0"}, "DATA_PATH is not set"),
         ({"MOCK_DATA": "0", "DATA_PATH": "/no/text"}, "DATA_PATH: /no/text.bin does not exist"),
         ({"MOCK_DATA": "0", "DATA_PATH": "0.5 /no/a 0.5 /no/b"}, "DATA_PATH: /no/a.bin does not exist"),

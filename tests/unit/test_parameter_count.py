@@ -11,10 +11,12 @@ from mhc_megatron.parameter_count import count_parameters
 from tests import models
 
 LAYER_NORM = {"normalization": "LayerNorm", "num_query_groups": 2, "add_bias_linear": True, "qk_layernorm": True}
+BIASES = {**models.MOE, "add_bias_linear": True}
 MANY_EXPERTS = {**models.MOE, "num_moe_experts": 6, "moe_shared_expert_gate": True, "moe_layer_freq": 2}
 CONFIGS: dict[str, dict[str, Any]] = {
     **models.MODELS,
     "layer-norm": LAYER_NORM,
+    "moe-biases": BIASES,
     "gated-shared-expert": MANY_EXPERTS,
     "mla-q-full": {**models.MLA, "q_lora_rank": None},
     "mla-norms": {**models.MLA, "qk_layernorm": True},
