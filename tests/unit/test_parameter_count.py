@@ -11,7 +11,7 @@ from mhc_megatron.parameter_count import count_parameters
 from tests import models
 
 LAYER_NORM = {"normalization": "LayerNorm", "num_query_groups": 2, "add_bias_linear": True, "qk_layernorm": True}
-BIASES = {**models.MOE, "add_bias_linear": True}
+BIASES = {**models.MOE, "add_bias_linear": True, "moe_shared_expert_intermediate_size": None}
 MANY_EXPERTS = {**models.MOE, "num_moe_experts": 6, "moe_shared_expert_gate": True, "moe_layer_freq": 2}
 CONFIGS: dict[str, dict[str, Any]] = {
     **models.MODELS,
