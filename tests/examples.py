@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import psutil
+
 EXAMPLES = Path(__file__).parent.parent / "examples"
 # Every model of the examples, its widths reduced for a CPU.
 SMALL = (
@@ -15,6 +17,7 @@ SMALL = (
     "--moe-shared-expert-intermediate-size 32 --kv-lora-rank 16 --qk-head-dim 8 --qk-pos-emb-head-dim 8 --v-head-dim 8 "
     "--num-workers 0"
 )
+_ITERATION = re.compile(r"iteration\s+(\d+)/\s*\d+ \|.*\| lm loss: (\S+)")
 
 
 def environment(**settings: object) -> dict[str, str]:
@@ -35,3 +38,32 @@ def launch(*arguments: str, script: str = "torchrun.sh", **settings: object) -> 
     """Run a launcher to its end."""
     command = ["bash", str(EXAMPLES / script), *arguments]
     return subprocess.run(command, capture_output=True, text=True, env=environment(**settings), timeout=300)
+
+
+class Run:
+    """torchrun.sh in its own process, its losses read as it goes."""
+
+    def __init__(self, size: str, before: str = "", **settings: object):
+        command = ["bash", "-c", f'{before} exec bash "$0" "$1"', str(EXAMPLES / "torchrun.sh"), size]
+        self.process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment(**settings)
+        )
+        self.output = ""
+        self.losses: list[tuple[int, float]] = []
+
+    def until(self, iteration: int | None = None) -> Run:
+        """Read on until this iteration is logged, or to the end."""
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            self.output += line
+            if found := _ITERATION.search(line):
+                self.losses.append((int(found[1]), float(found[2])))
+                if self.losses[-1][0] == iteration:
+                    return self
+        self.process.wait(timeout=60)
+        return self
+
+    def rank(self, number: int) -> psutil.Process:
+        ranks = psutil.Process(self.process.pid).children()  # theirs write checkpoints
+        (found,) = [rank for rank in ranks if rank.environ().get("RANK") == str(number)]
+        return found

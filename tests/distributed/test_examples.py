@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import re
 import shutil
 import signal
-import subprocess
 from pathlib import Path
 
-import psutil
 import pytest
 
 from mhc_megatron.quickstart import data
-from tests.examples import EXAMPLES, SMALL, environment
+from tests.examples import SMALL, Run
 
 STEPS, SAVED = 6, 3
 SETTINGS = {
@@ -21,37 +18,11 @@ SETTINGS = {
     **{"TRAIN_STEPS": STEPS, "SAVE_INTERVAL": SAVED, "LOG_INTERVAL": 1, "EVAL_ITERS": 0, "WARMUP_STEPS": 0},
     **{"TOKENIZER_TYPE": "NullTokenizer", "SPLIT": "90,10,0", "EXTRA_ARGS": SMALL},
 }
-ITERATION = re.compile(r"iteration\s+(\d+)/\s*\d+ \|.*\| lm loss: (\S+)")
 
 
-class Run:
-    """The launcher in its own process."""
-
-    def __init__(self, folder: Path, checkpoints: Path, before: str = "", **settings: object):
-        env = environment(
-            **SETTINGS, DATA_PATH=folder / "text", CHECKPOINTS=checkpoints, DATA_CACHE=folder / "cache", **settings
-        )
-        command = ["bash", "-c", f'{before} exec bash "$0" 27b', str(EXAMPLES / "torchrun.sh")]
-        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env)
-        self.output = ""
-        self.losses: list[tuple[int, float]] = []
-
-    def until(self, iteration: int | None = None) -> Run:
-        """Read on until this iteration is logged, or to the end."""
-        assert self.process.stdout is not None
-        for line in self.process.stdout:
-            self.output += line
-            if found := ITERATION.search(line):
-                self.losses.append((int(found[1]), float(found[2])))
-                if self.losses[-1][0] == iteration:
-                    return self
-        self.process.wait(timeout=60)
-        return self
-
-    def rank(self, number: int) -> psutil.Process:
-        ranks = psutil.Process(self.process.pid).children()  # theirs write checkpoints
-        (found,) = [rank for rank in ranks if rank.environ().get("RANK") == str(number)]
-        return found
+def start(folder: Path, before: str = "", **settings: object) -> Run:
+    text = {"DATA_PATH": folder / "text", "DATA_CACHE": folder / "cache", "CHECKPOINTS": folder / "run"}
+    return Run("27b", before, **SETTINGS, **text, **settings)
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +35,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def whole(folder: Path) -> dict[int, float]:
     """Losses of an uninterrupted run; its checkpoint of iteration SAVED stays in folder/run."""
-    run = Run(folder, folder / "run").until()
+    run = start(folder).until()
     assert run.process.returncode == 0, run.output[-4000:]
     losses = dict(run.losses)
     assert losses[STEPS] < losses[1] - 0.5
@@ -76,7 +47,7 @@ def whole(folder: Path) -> dict[int, float]:
 @pytest.fixture(scope="module")
 def full_disk(folder: Path, whole: dict[int, float]) -> Run:
     """That run, continued where there is no room for its next checkpoint: files can't grow beyond 200 KiB."""
-    return Run(folder, folder / "run", before="ulimit -f 200;").until()
+    return start(folder, "ulimit -f 200;").until()
 
 
 def test_full_disk(folder: Path, full_disk: Run) -> None:
@@ -93,7 +64,7 @@ def test_killed_rank_is_restarted(folder: Path, whole: dict[int, float], full_di
 
     full disk left behind is no hindrance.
     """
-    run = Run(folder, folder / "run", MAX_RESTARTS=1).until(SAVED + 1)
+    run = start(folder, MAX_RESTARTS=1).until(SAVED + 1)
     run.rank(1).send_signal(signal.SIGKILL)
     run.until()
     assert run.process.returncode == 0, run.output[-4000:]

@@ -1,0 +1,55 @@
+"""The 27B launcher, unedited, on two GPUs: fewer layers, an interleaved pipeline, real text; a rank is killed and restarted.
+
+At NUM_LAYERS=4 the model has 3.5B parameters and a checkpoint of about 49 GB; the run writes two of them (pytest's --basetemp
+says where). NUM_LAYERS=2 halves it: the first chunk then is the embedding alone, the last one the loss.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+
+from mhc_megatron.quickstart import data
+from tests.examples import Run
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(torch.cuda.is_available() and torch.cuda.device_count() < 2, reason="needs two GPUs"),
+]
+SAVED, STEPS = 10, 16
+# Losses of the same steps before the kill and after the restart: atomics reorder sums in bf16.
+SAME_LOSS = 2e-3
+
+
+def test_27b_on_two_gpus(tmp_path: Path) -> None:
+    data.prepare(tmp_path)
+    settings = {
+        **{
+            "NNODES": 1,
+            "GPUS_PER_NODE": 2,
+            "PP": 2,
+            "VPP": 2,
+            "EP": 1,
+            "NUM_LAYERS": os.environ.get("NUM_LAYERS", "4"),
+        },
+        **{"GLOBAL_BATCH": 8, "TRAIN_STEPS": STEPS, "SAVE_INTERVAL": SAVED, "LOG_INTERVAL": 1, "EVAL_ITERS": 0},
+        **{"DATA_PATH": tmp_path / "text", "TOKENIZER_TYPE": "NullTokenizer", "SPLIT": "90,10,0"},
+        **{"CHECKPOINTS": tmp_path / "checkpoints", "MAX_RESTARTS": 1},
+    }
+    run = Run("27b", **settings).until(SAVED + 4)
+    run.rank(1).send_signal(signal.SIGKILL)
+    run.until()
+    print("\n".join(f"iteration {iteration:3}  loss {loss:.6f}" for iteration, loss in run.losses))
+    assert run.process.returncode == 0, run.output[-4000:]
+    starts = [n for n, (iteration, _) in enumerate(run.losses) if iteration == SAVED + 1]
+    assert len(starts) == 2, "not restarted from the checkpoint"
+    before, after = dict(run.losses[: starts[1]]), dict(run.losses[starts[1] :])
+    assert list(after) == list(range(SAVED + 1, STEPS + 1))
+    assert after[STEPS] < before[1] - 2
+    # Megatron logs the second iteration after a start as the average of the first two.
+    for iteration in before.keys() & after.keys() - {SAVED + 2}:
+        assert after[iteration] == pytest.approx(before[iteration], abs=SAME_LOSS), f"iteration {iteration}"
