@@ -41,7 +41,10 @@ def launch(*arguments: str, script: str = "torchrun.sh", **settings: object) -> 
 
 
 class Run:
-    """torchrun.sh in its own process, its losses read as it goes."""
+    """torchrun.sh in its own process, its losses read as it goes.
+
+    before: shell commands to run first; there ``"$0" "$1"`` are the script and the size.
+    """
 
     def __init__(self, size: str, before: str = "", **settings: object):
         command = ["bash", "-c", f'{before} exec bash "$0" "$1"', str(EXAMPLES / "torchrun.sh"), size]
@@ -64,6 +67,8 @@ class Run:
         return self
 
     def rank(self, number: int) -> psutil.Process:
-        ranks = psutil.Process(self.process.pid).children()  # theirs write checkpoints
-        (found,) = [rank for rank in ranks if rank.environ().get("RANK") == str(number)]
+        """The process of this rank (not one that writes a checkpoint for it)."""
+        family = psutil.Process(self.process.pid).children(recursive=True)
+        ranks = {process.pid for process in family if "RANK" in process.environ()}
+        (found,) = [p for p in family if p.environ().get("RANK") == str(number) and p.ppid() not in ranks]
         return found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import signal
+import socket
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,7 @@ SETTINGS = {
 
 def start(folder: Path, before: str = "", **settings: object) -> Run:
     text = {"DATA_PATH": folder / "text", "DATA_CACHE": folder / "cache", "CHECKPOINTS": folder / "run"}
-    return Run("27b", before, **SETTINGS, **text, **settings)
+    return Run("27b", before, **{**SETTINGS, **text, **settings})
 
 
 @pytest.fixture(scope="module")
@@ -60,11 +61,15 @@ def test_full_disk(folder: Path, full_disk: Run) -> None:
 
 
 def test_killed_rank_is_restarted(folder: Path, whole: dict[int, float], full_disk: Run) -> None:
-    """SIGKILL of one rank: torchrun ends the other and starts both again. The loss curve is the uninterrupted one, and what the
+    """SIGKILL of a rank, on two "nodes" with a launcher each: both start again, and the loss curve is the uninterrupted one.
 
-    full disk left behind is no hindrance.
+    They begin where the full disk ended a run; what that left behind is no hindrance.
     """
-    run = start(folder, MAX_RESTARTS=1).until(SAVED + 1)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    two_nodes = {"NNODES": 2, "GPUS_PER_NODE": 1, "MASTER_ADDR": "localhost", "MASTER_PORT": port, "MAX_RESTARTS": 1}
+    run = start(folder, 'NODE_RANK=1 bash "$0" "$1" &', **two_nodes).until(SAVED + 1)
     run.rank(1).send_signal(signal.SIGKILL)
     run.until()
     assert run.process.returncode == 0, run.output[-4000:]
