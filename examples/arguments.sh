@@ -33,7 +33,7 @@ source "$EXAMPLES/models/$SIZE.sh"
 # --- Settings and their defaults: 8 nodes of 8 H100-80GB. README.md has the list. ---------------------------------------
 : "${PYTHON:=python}" "${CPU:=0}" "${DRY_RUN:=0}"
 : "${NNODES:=8}" "${GPUS_PER_NODE:=8}" "${TP:=1}" "${CP:=1}" "${ETP:=1}" "${PIPELINE_LAYOUT:=}"
-: "${MICRO_BATCH:=1}" "${SEQ_LEN:=4096}" "${VOCAB_SIZE:=129280}"
+: "${SEQ_LEN:=4096}" "${VOCAB_SIZE:=129280}"
 : "${MODE:=mhc}" "${STREAMS:=4}" "${SINKHORN_ITERATIONS:=20}" "${MHC_INIT:=preserve}" "${MHC_BACKEND:=auto}"
 : "${RECOMPUTE:=none}" "${MHC_RECOMPUTE:=auto}" "${GRADIENT_ACCUMULATION_FUSION:=0}"
 : "${MOCK_DATA:=0}" "${DATA_PATH:=}" "${SPLIT:=99,1,0}" "${TOKENIZER_TYPE:=HuggingFaceTokenizer}" "${TOKENIZER_MODEL:=}"
@@ -102,10 +102,11 @@ else
     [[ -n $DATA_PATH ]] ||
         fail "DATA_PATH is not set: the path prefix of a Megatron indexed dataset (PREFIX.bin, PREFIX.idx), or MOCK_DATA=1"
     read -ra blend <<<"$DATA_PATH" # one prefix, or weight prefix weight prefix ...
-    for ((i = ${#blend[@]} > 1 ? 1 : 0; i < ${#blend[@]}; i += 2)); do
+    for prefix in "${blend[@]}"; do
+        [[ ! $prefix =~ ^[0-9.]+$ ]] || continue
         for suffix in bin idx; do
-            [[ -f ${blend[i]}.$suffix ]] ||
-                fail "DATA_PATH: ${blend[i]}.$suffix does not exist; give the prefix of PREFIX.bin and PREFIX.idx, or MOCK_DATA=1"
+            [[ -f $prefix.$suffix ]] ||
+                fail "DATA_PATH: $prefix.$suffix does not exist; give the prefix of PREFIX.bin and PREFIX.idx, or MOCK_DATA=1"
         done
     done
     DATA=(--data-path "${blend[@]}" --split "$SPLIT" --data-cache-path "$DATA_CACHE")
@@ -122,14 +123,6 @@ NullTokenizer) TOKENIZER=(--tokenizer-type NullTokenizer --vocab-size "$VOCAB_SI
     TOKENIZER=(--tokenizer-type "$TOKENIZER_TYPE" --tokenizer-model "$TOKENIZER_MODEL")
     ;;
 esac
-
-# --- The training script -----------------------------------------------------------------------------------------------
-"$PYTHON" -c 'import mhc_megatron' 2>/dev/null ||
-    fail "'$PYTHON' has no mhc_megatron: pip install it, or name another interpreter with PYTHON"
-# Stock Megatron, without a word of mHC; it comes with the package and needs no Megatron-LM checkout.
-[[ -n $PRETRAIN_SCRIPT ]] ||
-    PRETRAIN_SCRIPT=$("$PYTHON" -c 'from mhc_megatron import quickstart; print(quickstart.__path__[0])')/train.py
-[[ -f $PRETRAIN_SCRIPT ]] || fail "no training script at $PRETRAIN_SCRIPT: correct PRETRAIN_SCRIPT or MEGATRON"
 
 # --- What the sizes have in common ---------------------------------------------------------------------------------------
 MODEL+=(
@@ -169,7 +162,7 @@ SAVING=(--save "$CHECKPOINTS" --load "$CHECKPOINTS" --save-interval "$SAVE_INTER
 LAUNCHER=(-m mhc_megatron pretrain)
 if ((CPU)); then
     LAUNCHER+=(--cpu)
-    mapfile -t HOST < <("$PYTHON" -c 'from mhc_megatron.cpu import MEGATRON_ARGUMENTS; print(*MEGATRON_ARGUMENTS, sep="\n")')
+    HOST=() # from the package: see `complete`
 else
     # The norm of the KV latent (DeepSeek's). Megatron 0.19 then norms the query projection's input as well; its local modules
     # (CPU) can't do it without a low-rank step.
@@ -199,10 +192,23 @@ if [[ $MODE != residual ]]; then
     ((MHC_RECOMPUTE)) && MHC+=(--mhc-recompute)
 fi
 
-read -ra EXTRA <<<"$EXTRA_ARGS" # last: argparse takes the last of a repeated argument
-ARGUMENTS=(
-    "${MODEL[@]}" "${TRAINING[@]}" "${LAYOUT[@]}" "${HOST[@]}" "${DATA[@]}" "${TOKENIZER[@]}" "${SAVING[@]}" "${MHC[@]}" "${EXTRA[@]}"
-)
+# complete: the training script and ARGUMENTS. Needs Python, so slurm.sh leaves it to the nodes, where a container may have it.
+complete() {
+    "$PYTHON" -c 'import mhc_megatron' 2>/dev/null ||
+        fail "'$PYTHON' has no mhc_megatron: pip install it, or name another interpreter with PYTHON"
+    # Stock Megatron, without a word of mHC; it comes with the package and needs no Megatron-LM checkout.
+    [[ -n $PRETRAIN_SCRIPT ]] ||
+        PRETRAIN_SCRIPT=$("$PYTHON" -c 'from mhc_megatron import quickstart; print(quickstart.__path__[0])')/train.py
+    [[ -f $PRETRAIN_SCRIPT ]] || fail "no training script at $PRETRAIN_SCRIPT: correct PRETRAIN_SCRIPT or MEGATRON"
+    local cpu=() extra
+    ((CPU == 0)) ||
+        mapfile -t cpu < <("$PYTHON" -c 'from mhc_megatron.cpu import MEGATRON_ARGUMENTS; print(*MEGATRON_ARGUMENTS, sep="\n")')
+    read -ra extra <<<"$EXTRA_ARGS" # last: of a repeated argument the last one counts
+    ARGUMENTS=(
+        "${MODEL[@]}" "${TRAINING[@]}" "${LAYOUT[@]}" "${HOST[@]}" "${cpu[@]}" "${DATA[@]}" "${TOKENIZER[@]}" "${SAVING[@]}"
+        "${MHC[@]}" "${extra[@]}"
+    )
+}
 
 # What Megatron asks for under TP or CP on GPUs before Blackwell; what ends a job whose peer has died.
 export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1} OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
@@ -210,6 +216,7 @@ export TORCH_NCCL_ASYNC_ERROR_HANDLING=${TORCH_NCCL_ASYNC_ERROR_HANDLING:-1}
 
 # dry_run COMMAND...: the command, Megatron's own checks of its arguments without a GPU, and the plan.
 dry_run() {
+    complete
     echo "$SIZE as $MODE on $NNODES nodes x $GPUS_PER_NODE: TP $TP, CP $CP, PP $PP, VPP $VPP, EP $EP, data-parallel $DP," \
         "$microbatches microbatches of $MICRO_BATCH x $SEQ_LEN tokens"
     echo

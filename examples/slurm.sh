@@ -15,7 +15,9 @@ if [[ -n ${SLURM_JOB_ID:-} ]]; then
     EXAMPLES=${EXAMPLES:-$SLURM_SUBMIT_DIR/examples}
     [[ -f $EXAMPLES/arguments.sh ]] ||
         { echo "mhc-megatron: no arguments.sh in $EXAMPLES: submit from the folder above examples/, or set EXAMPLES" >&2; exit 2; }
-    export NNODES=${SLURM_JOB_NUM_NODES:-$SLURM_NNODES}
+    export NNODES=$SLURM_JOB_NUM_NODES
+    gpus=${SLURM_GPUS_PER_NODE:-8} # a number, or type:number
+    export GPUS_PER_NODE=${GPUS_PER_NODE:-${gpus##*:}}
 else
     EXAMPLES=${EXAMPLES:-$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)}
 fi
@@ -27,7 +29,9 @@ one_of REQUEUE 0 1
 
 # One task a node: each starts torchrun for its GPUs. A task that fails takes the others with it, so that the job ends at once
 # instead of waiting for a communication timeout.
-SRUN=(srun --nodes "$NNODES" --ntasks-per-node 1 --kill-on-bad-exit=1)
+SRUN=(srun --nodes "$NNODES" --ntasks-per-node 1 --kill-on-bad-exit=1 --cpu-bind=none)
+read -ra srun_args <<<"${SRUN_ARGS:-}"
+SRUN+=("${srun_args[@]}")
 if ((DRY_RUN)); then
     dry_run "${SRUN[@]}" "$PYTHON" -m torch.distributed.run --nnodes "$NNODES" --nproc-per-node "$GPUS_PER_NODE" ...
     exit
@@ -36,8 +40,8 @@ fi
 
 latest() { cat "$CHECKPOINTS/latest_checkpointed_iteration.txt" 2>/dev/null || echo 0; }
 
-MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-export MASTER_ADDR MASTER_PORT=${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 10000))} JOB_ID=$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}
+hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
+export MASTER_ADDR=${hosts%%$'\n'*} MASTER_PORT=${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 10000))} JOB_ID=$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}
 export CHECKPOINTS
 before=$(latest)
 status=0

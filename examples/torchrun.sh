@@ -27,5 +27,6 @@ if ((DRY_RUN)); then
     dry_run "${TORCHRUN[@]}"
     exit
 fi
+complete
 mkdir -p "$CHECKPOINTS" || fail "CHECKPOINTS: can't make the folder $CHECKPOINTS"
 exec "${TORCHRUN[@]}" "${LAUNCHER[@]}" "$PRETRAIN_SCRIPT" "${ARGUMENTS[@]}"

@@ -139,9 +139,11 @@ def _process_groups(args: Any) -> None:
 
 def _data(args: Any) -> None:
     """That every dataset named on the command line is there (`--data-args-path` files are read by the training script)."""
+    from megatron.core.datasets.utils import get_blend_from_list
+
     for flag in ("data_path", "train_data_path", "valid_data_path", "test_data_path"):
-        blend = getattr(args, flag) or []
-        for prefix in blend if len(blend) == 1 else blend[1::2]:
+        prefixes, _ = get_blend_from_list(getattr(args, flag)) or ([], None)
+        for prefix in prefixes:
             missing = [suffix for suffix in ("bin", "idx") if not Path(f"{prefix}.{suffix}").is_file()]
             if missing:
                 raise LaunchError(

@@ -96,7 +96,7 @@ def _kernels() -> list[Finding]:
                 found.append(Finding("Kernels", what, reason, False))
                 continue
             backend = "triton"
-        results = deviations(device, dtype, backend=backend, tokens=4096 if gpu else 32, width=1280 if gpu else 64)
+        results = deviations(device, dtype, backend=backend, tokens=1024 if gpu else 32, width=1280 if gpu else 64)
         worst = max(results, key=lambda d: d.error / d.bound if d.error == d.error else float("inf"))
         failed = ", ".join(d.name for d in results if not d.passed)
         text = f"{len(results)} results and gradients of a boundary against float64: {worst.name} is furthest off, by "

@@ -90,18 +90,19 @@ def test_dry_run_fails_on_what_megatron_refuses() -> None:
         ({"TP": "3"}, "64 are not a multiple of TP x CP x PP = 3 x 1 x 4"),
         ({"VPP": "3"}, "NUM_LAYERS=30 can't be split into PP x VPP = 4 x 3 equal chunks, nor can NUM_LAYERS + 2"),
         ({"PP": "1"}, "VPP=4 needs a pipeline: set PP to 2 or more, or VPP=1"),
-        ({"GLOBAL_BATCH": "100"}, "GLOBAL_BATCH=100 is not a multiple of MICRO_BATCH x data-parallel size = 1 x 16"),
+        ({"GLOBAL_BATCH": "100"}, "GLOBAL_BATCH=100 is not a multiple of MICRO_BATCH x data-parallel size = 2 x 16"),
         (
             {"GLOBAL_BATCH": "96"},
-            "VPP=4 needs a number of microbatches that is a multiple of PP=4; GLOBAL_BATCH=96 makes 6",
+            "VPP=4 needs a number of microbatches that is a multiple of PP=4; GLOBAL_BATCH=96 makes 3",
         ),
         ({"MOCK_DATA": "0"}, "DATA_PATH is not set"),
         ({"MOCK_DATA": "0", "DATA_PATH": "/no/text"}, "DATA_PATH: /no/text.bin does not exist"),
         ({"MOCK_DATA": "0", "DATA_PATH": "0.5 /no/a 0.5 /no/b"}, "DATA_PATH: /no/a.bin does not exist"),
-        ({"MEGATRON": "/no/megatron"}, "no training script at /no/megatron/pretrain_gpt.py"),
-        ({"PYTHON": "/bin/true_"}, "'/bin/true_' has no mhc_megatron"),
+        ({"MEGATRON": "/no/megatron", "NNODES": "1", "EP": "2"}, "no training script at /no/megatron/pretrain_gpt.py"),
+        ({"PYTHON": "/bin/true_", "NNODES": "1", "EP": "2"}, "'/bin/true_' has no mhc_megatron"),
         ({"WARMUP_STEPS": "50000"}, "WARMUP_STEPS=50000 must be less than TRAIN_STEPS=50000"),
         ({"NODE_RANK": "8"}, "NODE_RANK=8 must be less than NNODES=8"),
+        ({"DATA_PATH": ".", "MOCK_DATA": "2"}, "MOCK_DATA must be one of: 0 1; got '2'"),
         ({}, "MASTER_ADDR is not set: with NNODES=8"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
@@ -137,7 +138,7 @@ class TestSlurm:
         checkpoints = folder / "checkpoints"
         checkpoints.mkdir(exist_ok=True)
         (folder / "srun").write_text(
-            f'#!/bin/sh\necho "$@" "MASTER=$MASTER_ADDR JOB=$JOB_ID" > {folder}/srun.log\n'
+            f'#!/bin/sh\necho "$@" "MASTER=$MASTER_ADDR JOB=$JOB_ID GPUS=$GPUS_PER_NODE" > {folder}/srun.log\n'
             f"echo {saved} > {checkpoints}/latest_checkpointed_iteration.txt\nexit {status}\n"
         )
         (folder / "scontrol").write_text(
@@ -151,6 +152,8 @@ class TestSlurm:
             SLURM_JOB_ID=77,
             SLURM_SUBMIT_DIR=EXAMPLES.parent,
             SLURM_JOB_NUM_NODES=2,
+            SLURM_GPUS_PER_NODE="h100:4",
+            SRUN_ARGS="--export=ALL",
             SLURM_JOB_NODELIST="node[7-8]",
             CHECKPOINTS=checkpoints,
             MOCK_DATA=1,
@@ -169,8 +172,10 @@ class TestSlurm:
         assert "exit status 1 at iteration 40 of 100; requeued" in output
         assert told == "requeue 77\n"
         srun = (tmp_path / "srun.log").read_text()
-        assert srun.startswith("--nodes 2 --ntasks-per-node 1 --kill-on-bad-exit=1 bash -c")
-        assert srun.endswith("3b MASTER=node7 JOB=77-0\n")
+        assert srun.startswith(
+            "--nodes 2 --ntasks-per-node 1 --kill-on-bad-exit=1 --cpu-bind=none --export=ALL bash -c"
+        )
+        assert srun.endswith("3b MASTER=node7 JOB=77-0 GPUS=4\n")
 
     def test_failure_without_progress_is_not(self, tmp_path: Path) -> None:
         self.submit(tmp_path, saved=40, status=1)
