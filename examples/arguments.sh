@@ -13,7 +13,7 @@ fail() {
 
 # whole VARIABLE LOWEST: the variable is a whole number >= LOWEST.
 whole() {
-    [[ ${!1} =~ ^[0-9]+$ ]] && ((10#${!1} >= $2)) || fail "$1 must be a whole number >= $2, got '${!1}'"
+    [[ ${!1} =~ ^(0|[1-9][0-9]*)$ ]] && ((${!1} >= $2)) || fail "$1 must be a whole number >= $2, got '${!1}'"
 }
 
 # one_of VARIABLE CHOICE...
@@ -49,6 +49,7 @@ done
 whole EVAL_ITERS 0
 whole MAX_RESTARTS 0
 [[ -z $EXIT_AFTER_MINUTES ]] || whole EXIT_AFTER_MINUTES 1
+[[ $LEARNING_RATE =~ ^[0-9.]+([eE][-+]?[0-9]+)?$ ]] || fail "LEARNING_RATE must be a positive number, got '$LEARNING_RATE'"
 one_of MODE residual hc mhc
 one_of RECOMPUTE none selective full
 one_of MHC_RECOMPUTE auto 0 1
@@ -170,6 +171,7 @@ else
     HOST=(
         --bf16 --transformer-impl transformer_engine --moe-grouped-gemm --moe-permute-fusion --no-persist-layer-norm
         --overlap-grad-reduce --overlap-param-gather --cross-entropy-loss-fusion
+        --no-create-attention-mask-in-dataloader
     )
     # The fusion needs NVIDIA's apex for the output layer.
     ((GRADIENT_ACCUMULATION_FUSION)) || HOST+=(--no-gradient-accumulation-fusion)
@@ -210,9 +212,9 @@ complete() {
     )
 }
 
-# What Megatron asks for under TP or CP on GPUs before Blackwell; what ends a job whose peer has died.
-export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1} OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-export TORCH_NCCL_ASYNC_ERROR_HANDLING=${TORCH_NCCL_ASYNC_ERROR_HANDLING:-1}
+# Megatron asks for the first under TP or CP; the last ends a rank whose peer has died.
+((TP == 1 && CP == 1)) || export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1}
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} TORCH_NCCL_ASYNC_ERROR_HANDLING=${TORCH_NCCL_ASYNC_ERROR_HANDLING:-1}
 
 # dry_run COMMAND...: the command, Megatron's own checks of its arguments without a GPU, and the plan.
 dry_run() {

@@ -85,6 +85,8 @@ def test_dry_run_fails_on_what_megatron_refuses() -> None:
         ({"MODE": "mch"}, "MODE must be one of: residual hc mhc; got 'mch'"),
         ({"RECOMPUTE": "some"}, "RECOMPUTE must be one of: none selective full; got 'some'"),
         ({"PP": "two"}, "PP must be a whole number >= 1, got 'two'"),
+        ({"PP": "08"}, "PP must be a whole number >= 1, got '08'"),
+        ({"LEARNING_RATE": "high"}, "LEARNING_RATE must be a positive number, got 'high'"),
         ({"EP": "5", "GPUS_PER_NODE": 10}, "72 experts are not divisible by EP=5; choose a divisor of 72"),
         ({"EP": "64"}, "lower EP=64 or PP=4"),
         ({"TP": "3"}, "64 are not a multiple of TP x CP x PP = 3 x 1 x 4"),
