@@ -68,7 +68,14 @@ class Run:
 
     def rank(self, number: int) -> psutil.Process:
         """The process of this rank (not one that writes a checkpoint for it)."""
-        family = psutil.Process(self.process.pid).children(recursive=True)
-        ranks = {process.pid for process in family if "RANK" in process.environ()}
-        (found,) = [p for p in family if p.environ().get("RANK") == str(number) and p.ppid() not in ranks]
+        of = {p: _rank(p) for p in psutil.Process(self.process.pid).children(recursive=True)}
+        ranks = {p.pid for p, rank in of.items() if rank is not None}
+        (found,) = [p for p, rank in of.items() if rank == str(number) and p.ppid() not in ranks]
         return found
+
+
+def _rank(process: psutil.Process) -> str | None:
+    try:
+        return process.environ().get("RANK")
+    except psutil.Error:  # it has ended, or does not let itself be read
+        return None
