@@ -60,6 +60,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
     "pp2-ep2-split": (4, {**PP2, **EP2}, SPLIT),
     "pp2-tp2-sp-split": (4, {**PP2, **TP2}, {"sequence_parallel": True, **SPLIT}),
     "pp4-ends-apart-split": (4, {"pipeline_model_parallel_size": 4}, {**SPLIT, **ENDS_APART}),
+    "dense-pp2-vpp2-split-mhc-recompute": (2, VPP2, {**INTERLEAVED, "mhc": {**SPLIT["mhc"], **MHC_RECOMPUTE["mhc"]}}),
     "pp2-ep2": (4, {**PP2, **EP2}, {}),
     "pp2-tp2-sp": (4, {**PP2, **TP2}, {"sequence_parallel": True}),
     "pp4-ends-apart": (4, {"pipeline_model_parallel_size": 4}, ENDS_APART),
