@@ -25,9 +25,11 @@ def rows(runs: Sequence[Run]) -> list[tuple[str, ...]]:
     return [_row(run) for run in runs]
 
 
-def markdown(runs: Sequence[Run]) -> str:
-    """The rows as a Markdown table."""
-    lines = [COLUMNS, tuple("---" for _ in COLUMNS), *rows(runs)]
+def markdown(runs: Sequence[Run], **further: Sequence[str]) -> str:
+    """The rows as a Markdown table; further: columns of the caller's, one cell a run."""
+    names = (*COLUMNS, *(name.replace("_", " ") for name in further))
+    cells = [(*row, *more) for row, more in zip(rows(runs), zip(*further.values(), strict=True), strict=True)] if further else rows(runs)
+    lines = [names, tuple("---" for _ in names), *cells]
     return "".join("| " + " | ".join(line) + " |\n" for line in lines)
 
 

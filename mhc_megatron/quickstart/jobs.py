@@ -61,11 +61,12 @@ def megatron_arguments(text: Text, iterations: int, *, gpu: bool) -> list[str]:
     """The Megatron arguments that all jobs share."""
     data = ["--tokenizer-type=NullTokenizer", f"--vocab-size={VOCABULARY}", "--make-vocab-size-divisible-by=2"]
     data += [f"--data-path={text.prefix}", f"--data-cache-path={text.prefix}-cache", "--split=90,10,0"]
-    host = [*GPU_ARGUMENTS, f"--transformer-impl={_implementation()}"] if gpu else list(CPU_ARGUMENTS)
+    host = [*GPU_ARGUMENTS, f"--transformer-impl={transformer_implementation()}"] if gpu else list(CPU_ARGUMENTS)
     return [*MODEL, *OPTIMIZATION, *data, *host, f"--train-iters={iterations}"]
 
 
-def _implementation() -> str:
+def transformer_implementation() -> str:
+    """Megatron's ``--transformer-impl`` on this machine's GPU: Transformer Engine where it is installed."""
     try:
         import transformer_engine.pytorch  # noqa: F401
     except ImportError:

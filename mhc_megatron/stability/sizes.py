@@ -1,0 +1,77 @@
+"""The experiment's models: deep and narrow, because a composite gain is a product over sublayers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from mhc_megatron.cpu import MEGATRON_ARGUMENTS as CPU_ARGUMENTS
+from mhc_megatron.quickstart.data import VOCABULARY, Text
+from mhc_megatron.quickstart.jobs import GPU_ARGUMENTS, transformer_implementation
+
+# Both with the paper's initialisation: random phi, alpha 0.01.
+MODES = {
+    "residual": [],
+    "hc": ["--enable-mhc", "--mhc-mode=hc", "--mhc-init=paper"],
+    "mhc": ["--enable-mhc", "--mhc-init=paper"],
+}
+_POINTS = 60  # monitored steps of a run, about
+
+
+@dataclass(frozen=True)
+class Size:
+    """A MoE (first layer dense, 4 experts, 2 of them active) and its training.
+
+    layers: two sublayers each. lr: peak learning rate (cosine to a tenth of it).
+    """
+
+    layers: int
+    hidden: int
+    heads: int
+    sequence: int
+    batch: int
+    iterations: int
+    lr: float
+
+    @property
+    def interval(self) -> int:
+        """Iterations between monitored steps."""
+        return max(1, self.iterations // _POINTS)
+
+    def describe(self) -> str:
+        """For a table's caption."""
+        return (
+            f"{self.layers} layers ({2 * self.layers} sublayers), hidden {self.hidden}, MoE of 4 experts, "
+            f"{self.batch} sequences of {self.sequence} bytes a step, {self.iterations} steps, peak learning rate {self.lr:g}"
+        )
+
+    def arguments(self, text: Text, *, gpu: bool) -> list[str]:
+        """Megatron's arguments, shared by all three runs."""
+        s = str(self.sequence)
+        model = ["--num-layers", str(self.layers), "--hidden-size", str(self.hidden), "--seq-length", s]
+        model += ["--num-attention-heads", str(self.heads), "--max-position-embeddings", s]
+        model += ["--moe-ffn-hidden-size", str(self.hidden), f"--moe-layer-freq=[0]+[1]*{self.layers - 1}"]
+        training = ["--micro-batch-size", str(self.batch), "--global-batch-size", str(self.batch)]
+        training += ["--lr", str(self.lr), "--min-lr", str(self.lr / 10), f"--train-iters={self.iterations}"]
+        training += ["--lr-warmup-iters", str(max(1, self.iterations // 20))]
+        training += [f"--eval-interval={max(1, self.iterations // 4)}"]
+        data = ["--tokenizer-type=NullTokenizer", f"--vocab-size={VOCABULARY}", "--make-vocab-size-divisible-by=2"]
+        data += [f"--data-path={text.prefix}", f"--data-cache-path={text.prefix}-cache", "--split=90,10,0"]
+        host = list(CPU_ARGUMENTS)
+        if gpu:
+            implementation = transformer_implementation()
+            host = [*GPU_ARGUMENTS, f"--transformer-impl={implementation}"]
+            host += ["--moe-grouped-gemm"] if implementation == "transformer_engine" else []
+        return [*model, *_SHARED, *training, *data, *host]
+
+
+# A loss that is not finite is a result here, not a reason to stop.
+_SHARED = """
+--position-embedding-type rope --normalization RMSNorm --swiglu --disable-bias-linear
+--untie-embeddings-and-output-weights --hidden-dropout 0 --attention-dropout 0
+--num-experts 4 --moe-router-topk 2 --moe-token-dispatcher-type alltoall --moe-aux-loss-coeff 1e-2
+--lr-decay-style cosine --adam-beta1 0.9 --adam-beta2 0.95 --weight-decay 0.1 --clip-grad 1.0 --seed 1234
+--log-interval 1 --eval-iters 8 --num-workers 0 --no-check-for-nan-in-loss-and-grad
+""".split()
+
+GPU = Size(layers=32, hidden=256, heads=4, sequence=512, batch=16, iterations=600, lr=4e-3)
+CPU = Size(layers=12, hidden=64, heads=4, sequence=64, batch=8, iterations=300, lr=1e-2)
