@@ -65,7 +65,8 @@ class MHCConfig:
     )
 
     monitor_interval: int = _option(
-        100, "log the gains of the mappings every so many iterations, and at the first one; 0: never (`report` draws them)"
+        100,
+        "log the gains of the mappings every so many iterations, and at the first one; 0: never (`report` draws them)",
     )
     monitor_tokens: int = _option(256, "tokens that are sampled for it, evenly spaced in the step's first microbatch")
     monitor_band: float = _option(3.0, "warn, with the layer's number, when a gain leaves [1/band, band]")

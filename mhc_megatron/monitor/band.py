@@ -26,7 +26,8 @@ class Band:
         single = {i: text for i in range(len(sublayers)) if (text := self._describe(record["single"], i))}
         # One that leaves near the exit takes those of all lower sublayers along: the highest one says where it happens.
         composite = next(
-            ((i, text) for i in reversed(range(len(sublayers))) if (text := self._describe(record["composite"], i))), None
+            ((i, text) for i in reversed(range(len(sublayers))) if (text := self._describe(record["composite"], i))),
+            None,
         )
         messages = []
         new = [f"{sublayers[i]}: {text}" for i, text in single.items() if i not in self._outside]
@@ -34,7 +35,9 @@ class Band:
             more = f"; and {len(new) - _SHOWN} more sublayers" if len(new) > _SHOWN else ""
             messages.append(f"gains of single layers {self._left()}: " + "; ".join(new[:_SHOWN]) + more)
         if composite and "composite" not in self._outside:
-            messages.append(f"composite gain {self._left()}: from {sublayers[composite[0]]} to the exit: {composite[1]}")
+            messages.append(
+                f"composite gain {self._left()}: from {sublayers[composite[0]]} to the exit: {composite[1]}"
+            )
         self._outside = {*single, *(["composite"] if composite else [])}
         return [f"iteration {record['iteration']}: {message}" for message in messages]
 
@@ -53,4 +56,4 @@ class Band:
 
 def show(gain: float | None) -> str:
     """A gain for people; null is one that is not finite."""
-    return "not finite" if gain is None else f"{gain:.3g}"
+    return "not finite" if gain is None else f"{gain:.4g}"

@@ -34,7 +34,7 @@ def draw(runs: Sequence[Run]) -> dict[str, Any]:
 
 def _colors(runs: Sequence[Run]) -> list[tuple[Run, str]]:
     # Fixed by name: the same model kind looks the same in every picture, whichever runs are drawn.
-    fixed = {"residual": "C7", "hc": "C3", "mhc": "C0"}
+    fixed = {"residual": "C7", "hc": "C3", "mhc": "C0", "mhc-preserve": "C2"}
     return [(run, fixed.get(run.name, f"C{(i + 1) % 10}")) for i, run in enumerate(runs)]
 
 
@@ -126,14 +126,15 @@ def _heat_maps(run: Run) -> Any:
         axis.axis("off")
     for axis, (title, matrix) in zip(axes.flat, maps, strict=False):
         rows = [_nan(row) for row in matrix]
-        limit = max(1.0, *(abs(value) for row in rows for value in row if value == value), 1.0)
+        limit = max([1.0, *(abs(value) for row in rows for value in row if value == value)])
         axis.imshow(rows, cmap="RdBu_r", vmin=-limit, vmax=limit)
         for i, row in enumerate(rows):
             for j, value in enumerate(row):
-                axis.text(j, i, f"{value:.2g}", ha="center", va="center", fontsize=7)
+                color = "white" if abs(value) > 0.7 * limit else "black"
+                axis.text(j, i, _short(value), ha="center", va="center", fontsize=7, color=color)
         # The sums are what the gains are made of.
-        axis.set_yticks(range(len(rows)), [f"{sum(row):.2f}" for row in rows], fontsize=7)
-        axis.set_xticks(range(len(rows)), [f"{sum(column):.2f}" for column in zip(*rows, strict=True)], fontsize=7)
+        axis.set_yticks(range(len(rows)), [_short(sum(row)) for row in rows], fontsize=7)
+        axis.set_xticks(range(len(rows)), [_short(sum(column)) for column in zip(*rows, strict=True)], fontsize=7)
         axis.set_title(title, fontsize=9)
     figure.suptitle(
         f"{run.name}, iteration {record['iteration']}: H_res[i, j], stream j into stream i, mean over tokens; "
@@ -141,6 +142,10 @@ def _heat_maps(run: Run) -> Any:
         fontsize=9,
     )
     return figure
+
+
+def _short(value: float) -> str:
+    return f"{value:.2f}" if abs(value) < 100 else f"{value:.3g}"
 
 
 def _streams(runs: Sequence[Run]) -> Any:

@@ -75,7 +75,9 @@ class Monitor:
         run = {name: getattr(built_with if name == "num_streams" else self._settings, name) for name in _RECORDED}
         self._file = Writer(folder, run | {"num_layers": inner.config.num_layers}) if folder else None
         if self._ranks.logs and self._settings.monitor_interval and self._file is None:
-            _logger.warning("mHC monitor: no folder (--mhc-monitor-dir, --save or --tensorboard-dir): gains are not kept")
+            _logger.warning(
+                "mHC monitor: no folder (--mhc-monitor-dir, --save or --tensorboard-dir): gains are not kept"
+            )
 
     @property
     def interval(self) -> int:

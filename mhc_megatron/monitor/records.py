@@ -38,8 +38,8 @@ class Writer:
         text = "".join(json.dumps(line, separators=(",", ":")) + "\n" for line in [*lines, record])
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with open(self.path, "a+b") as file:
-            if self._run is not None and _ends_within_a_line(file):
-                text = "\n" + text  # killed while it wrote: that line stays unreadable, ours does not
+            if _ends_within_a_line(file):
+                text = "\n" + text  # killed while it wrote, or a full disk: that line stays unreadable, ours does not
             file.write(text.encode())
         self._run = None
 

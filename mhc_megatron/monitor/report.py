@@ -29,7 +29,8 @@ _CAPTIONS = {
 def add_parser(commands: Any) -> None:
     """Add the report to the command line's sub-commands."""
     parser = commands.add_parser(
-        "report", help="draw the gains, H_res and losses that runs with --enable-mhc have logged: PNG files and an HTML page"
+        "report",
+        help="draw the gains, H_res and losses that runs with --enable-mhc have logged: PNG files and an HTML page",
     )
     parser.add_argument("runs", nargs="+", metavar="folder", help="with mhc-monitor.jsonl; name=folder names the run")
     parser.add_argument("--out", type=Path, help="where the files go (default: the first folder's report/)")
@@ -60,9 +61,14 @@ def read_runs(arguments: Sequence[str]) -> list[Run]:
         name, equals, folder = argument.partition("=")
         run = read(folder, name) if equals and not Path(argument).exists() else read(argument)
         if run.skipped:
-            print(f"report: {argument}: {run.skipped} unreadable lines left out (a run killed while it wrote)", file=sys.stderr)
+            print(
+                f"report: {argument}: {run.skipped} unreadable lines left out (a run killed while it wrote)",
+                file=sys.stderr,
+            )
         names = [other.name for other in runs]
-        number = next(i for i in range(1, len(arguments) + 1) if (run.name if i == 1 else f"{run.name}-{i}") not in names)
+        number = next(
+            i for i in range(1, len(arguments) + 1) if (run.name if i == 1 else f"{run.name}-{i}") not in names
+        )
         runs.append(run if number == 1 else dataclasses.replace(run, name=f"{run.name}-{number}"))
     return runs
 

@@ -28,7 +28,11 @@ def rows(runs: Sequence[Run]) -> list[tuple[str, ...]]:
 def markdown(runs: Sequence[Run], **further: Sequence[str]) -> str:
     """The rows as a Markdown table; further: columns of the caller's, one cell a run."""
     names = (*COLUMNS, *(name.replace("_", " ") for name in further))
-    cells = [(*row, *more) for row, more in zip(rows(runs), zip(*further.values(), strict=True), strict=True)] if further else rows(runs)
+    cells = (
+        [(*row, *more) for row, more in zip(rows(runs), zip(*further.values(), strict=True), strict=True)]
+        if further
+        else rows(runs)
+    )
     lines = [names, tuple("---" for _ in names), *cells]
     return "".join("| " + " | ".join(line) + " |\n" for line in lines)
 
@@ -40,7 +44,9 @@ def _row(run: Run) -> tuple[str, ...]:
         return (*head, *("1 (residual)",) * 4, "1 (residual)")
     record = run.monitored[-1]
     head = (run.name, str(record["iteration"]), show_loss(record.get("loss")))
-    spans = [_span(record, kind, direction) for kind in ("composite", "single") for direction in ("forward", "backward")]
+    spans = [
+        _span(record, kind, direction) for kind in ("composite", "single") for direction in ("forward", "backward")
+    ]
     largest, iteration = max((_largest(r), r["iteration"]) for r in run.monitored)
     return (*head, *spans, f"{largest:.4g} ({iteration})")
 

@@ -1,4 +1,4 @@
-"""python -m mhc_megatron stability: a deep, narrow MoE as residual, HC and mHC on real text, and the gains of each."""
+"""python -m mhc_megatron stability: a deep, narrow MoE as residual, HC and mHC on real text; the gains of each."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def add_parser(commands: Any) -> None:
             type=float if field.name == "lr" else int,
             help=f"default: {getattr(GPU, field.name)} on a GPU, {getattr(CPU, field.name)} on the CPU",
         )
-    parser.add_argument("--jobs", type=int, help="runs at the same time (default: 3 on a GPU, else 2)")
+    parser.add_argument("--jobs", type=int, help=f"runs at the same time (default: {len(MODES)} on a GPU, else 2)")
     parser.add_argument("--page", type=Path, help="put the results into this Markdown page (docs/stability.md)")
 
 
@@ -52,7 +52,9 @@ def run(options: argparse.Namespace) -> int:
     size = dataclasses.replace(GPU if gpu else CPU, **given)
     try:
         claim(options.folder, "stability")
-        return _Experiment(options.folder.resolve(), size, gpu).run(options.jobs or (3 if gpu else 2), options.page)
+        return _Experiment(options.folder.resolve(), size, gpu).run(
+            options.jobs or (len(MODES) if gpu else 2), options.page
+        )
     except (JobError, OSError, ValueError, ModuleNotFoundError) as error:
         print(f"stability: {error}", file=sys.stderr)
         return 1
@@ -73,8 +75,7 @@ class _Experiment:
         text = data.prepare(self.folder)
         self.arguments = self.size.arguments(text, gpu=self.gpu)
         with ThreadPoolExecutor(min(jobs, os.cpu_count() or 1)) as lanes:
-            # The slower ones first.
-            list(lanes.map(self.train, reversed(MODES)))
+            list(lanes.map(self.train, reversed(MODES)))  # the quickest last
         names = [name for name in MODES if (self.folder / name / FILE).exists()]
         if not names:
             raise JobError("no run got to its first monitored step")
@@ -125,7 +126,7 @@ class _Experiment:
         validation = [f"{self.validation[r.name]:.4f}" if r.name in self.validation else "failed" for r in runs]
         where = f"{_device()}, bf16" if self.gpu else "CPU, float32"
         note = (
-            f"{self.size.describe()}; {where}; {time.monotonic() - self.started:.0f} s for all three. "
+            f"{self.size.describe()}; {where}; {time.monotonic() - self.started:.0f} s for all. "
             "Gains: min to max of the absolute sums, means over tokens, at the last monitored iteration."
         )
         failed = f"\n\nFailed before the end: {', '.join(self.failed)}." if self.failed else ""

@@ -8,11 +8,13 @@ from mhc_megatron.cpu import MEGATRON_ARGUMENTS as CPU_ARGUMENTS
 from mhc_megatron.quickstart.data import VOCABULARY, Text
 from mhc_megatron.quickstart.jobs import GPU_ARGUMENTS, transformer_implementation
 
-# Both with the paper's initialisation: random phi, alpha 0.01.
+# The paper's initialisation is random phi, alpha 0.01, zero biases: H_res of mHC then starts as the mean of all streams, that of
+# HC (arXiv 2409.19606) as the identity. This package's default starts mHC near the identity as well: shown beside it.
 MODES = {
     "residual": [],
     "hc": ["--enable-mhc", "--mhc-mode=hc", "--mhc-init=paper"],
     "mhc": ["--enable-mhc", "--mhc-init=paper"],
+    "mhc-preserve": ["--enable-mhc", "--mhc-init=preserve"],
 }
 _POINTS = 60  # monitored steps of a run, about
 
@@ -45,11 +47,12 @@ class Size:
         )
 
     def arguments(self, text: Text, *, gpu: bool) -> list[str]:
-        """Megatron's arguments, shared by all three runs."""
+        """Megatron's arguments, shared by all runs."""
         s = str(self.sequence)
         model = ["--num-layers", str(self.layers), "--hidden-size", str(self.hidden), "--seq-length", s]
         model += ["--num-attention-heads", str(self.heads), "--max-position-embeddings", s]
-        model += ["--moe-ffn-hidden-size", str(self.hidden), f"--moe-layer-freq=[0]+[1]*{self.layers - 1}"]
+        model += ["--ffn-hidden-size", str(4 * self.hidden), "--moe-ffn-hidden-size", str(self.hidden)]
+        model += [f"--moe-layer-freq=[0]+[1]*{self.layers - 1}"]
         training = ["--micro-batch-size", str(self.batch), "--global-batch-size", str(self.batch)]
         training += ["--lr", str(self.lr), "--min-lr", str(self.lr / 10), f"--train-iters={self.iterations}"]
         training += ["--lr-warmup-iters", str(max(1, self.iterations // 20))]
@@ -74,4 +77,4 @@ _SHARED = """
 """.split()
 
 GPU = Size(layers=32, hidden=256, heads=4, sequence=512, batch=16, iterations=600, lr=4e-3)
-CPU = Size(layers=12, hidden=64, heads=4, sequence=64, batch=8, iterations=300, lr=1e-2)
+CPU = Size(layers=12, hidden=64, heads=4, sequence=64, batch=8, iterations=200, lr=1e-2)
