@@ -122,7 +122,8 @@ td:first-child, th:first-child {{ text-align: left; }} figure {{ margin: 2em 0; 
 figcaption, .settings {{ color: #555; font-size: 13px; }}
 </style></head><body><h1>mHC gains</h1>
 {table}
-<p class="settings">Gains are min to max of the absolute sums, means over tokens, at the last monitored iteration.<br>{settings}</p>
+<p class="settings">Gains are min to max of the absolute sums, means over tokens, at the last monitored iteration.
+<br>{settings}</p>
 {sections}
 </body></html>
 """

@@ -28,11 +28,7 @@ def rows(runs: Sequence[Run]) -> list[tuple[str, ...]]:
 def markdown(runs: Sequence[Run], **further: Sequence[str]) -> str:
     """The rows as a Markdown table; further: columns of the caller's, one cell a run."""
     names = (*COLUMNS, *(name.replace("_", " ") for name in further))
-    cells = (
-        [(*row, *more) for row, more in zip(rows(runs), zip(*further.values(), strict=True), strict=True)]
-        if further
-        else rows(runs)
-    )
+    cells = [(*row, *(column[i] for column in further.values())) for i, row in enumerate(rows(runs))]
     lines = [names, tuple("---" for _ in names), *cells]
     return "".join("| " + " | ".join(line) + " |\n" for line in lines)
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from mhc_megatron.monitor import report, summary
+from mhc_megatron.monitor.gains import numbers
 from mhc_megatron.monitor.records import FILE, Run, read
 from mhc_megatron.quickstart import data
 from mhc_megatron.quickstart.command import claim
@@ -115,7 +116,8 @@ class _Experiment:
         """The residual run's losses, at the iterations that the others monitor, for the report."""
         norms = {int(i): float(norm) for i, norm in _GRADIENT_NORM.findall(job.log.read_text())}
         due = [i for i in job.losses.training if i == 1 or i % self.size.interval == 0]
-        records = [{"iteration": i, "loss": job.losses.training[i], "grad_norm": norms.get(i)} for i in due]
+        losses = job.losses.training
+        records = [{"iteration": i, "loss": numbers(losses[i]), "grad_norm": numbers(norms[i])} for i in due]
         if records:
             file = self.folder / "residual" / FILE
             file.parent.mkdir()

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from mhc_megatron.cpu import MEGATRON_ARGUMENTS as CPU_ARGUMENTS
-from mhc_megatron.quickstart.data import VOCABULARY, Text
-from mhc_megatron.quickstart.jobs import GPU_ARGUMENTS, transformer_implementation
+from mhc_megatron.quickstart.data import Text
+from mhc_megatron.quickstart.jobs import data_arguments, host_arguments, transformer_implementation
 
 # The paper's initialisation is random phi, alpha 0.01, zero biases: H_res of mHC then starts as the mean of all streams, that of
 # HC (arXiv 2409.19606) as the identity. This package's default starts mHC near the identity as well: shown beside it.
@@ -57,14 +56,9 @@ class Size:
         training += ["--lr", str(self.lr), "--min-lr", str(self.lr / 10), f"--train-iters={self.iterations}"]
         training += ["--lr-warmup-iters", str(max(1, self.iterations // 20))]
         training += [f"--eval-interval={max(1, self.iterations // 4)}"]
-        data = ["--tokenizer-type=NullTokenizer", f"--vocab-size={VOCABULARY}", "--make-vocab-size-divisible-by=2"]
-        data += [f"--data-path={text.prefix}", f"--data-cache-path={text.prefix}-cache", "--split=90,10,0"]
-        host = list(CPU_ARGUMENTS)
-        if gpu:
-            implementation = transformer_implementation()
-            host = [*GPU_ARGUMENTS, f"--transformer-impl={implementation}"]
-            host += ["--moe-grouped-gemm"] if implementation == "transformer_engine" else []
-        return [*model, *_SHARED, *training, *data, *host]
+        grouped = gpu and transformer_implementation() == "transformer_engine"  # local modules have no grouped GEMM
+        host = [*host_arguments(gpu), *(["--moe-grouped-gemm"] if grouped else [])]
+        return [*model, *_SHARED, *training, *data_arguments(text), *host]
 
 
 # A loss that is not finite is a result here, not a reason to stop.
@@ -76,5 +70,5 @@ _SHARED = """
 --log-interval 1 --eval-iters 8 --num-workers 0 --no-check-for-nan-in-loss-and-grad
 """.split()
 
-GPU = Size(layers=32, hidden=256, heads=4, sequence=512, batch=16, iterations=600, lr=4e-3)
+GPU = Size(layers=32, hidden=256, heads=4, sequence=512, batch=16, iterations=400, lr=4e-3)
 CPU = Size(layers=12, hidden=64, heads=4, sequence=64, batch=8, iterations=200, lr=1e-2)

@@ -6,17 +6,15 @@ import json
 import logging
 import math
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
-from mhc_kernels import reference
 from mhc_megatron import MHCConfig, Monitor
 from mhc_megatron.monitor.capture import find_sublayers
 from mhc_megatron.monitor.records import FILE, Writer, read
 from tests import models
+from tests.monitored import check, definition, streams
 
 FULL = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
 # One Sinkhorn iteration: columns that are off, so that gains differ from 1.
@@ -39,73 +37,18 @@ def train(model: torch.nn.Module, monitor: Monitor, iteration: int, microbatches
         step.values["loss"] = losses[0].detach()
 
 
-def definition(model: torch.nn.Module, mhc: MHCConfig) -> list[tuple[np.ndarray, ...]]:
-    """Of every sublayer: streams, H_pre, H_post, H_res of the sampled tokens of microbatch 0, by the reference in float64.
-
-    The sample is position k of sequence k mod MICROBATCH: SEQUENCE tokens are fewer than the monitor may take.
-    """
-    modules = [sublayer.module() for sublayer in find_sublayers([model])]
-    seen: dict[Any, torch.Tensor] = {}
-    handles = [m.register_forward_pre_hook(lambda m, inputs: seen.setdefault(m, inputs[0].detach())) for m in modules]
-    with torch.no_grad():
-        models.forward(model, models.tokens(0))
-    for handle in handles:
-        handle.remove()
-    result = []
-    for module in modules:
-        x = torch.stack([seen[module][k, k % models.MICROBATCH] for k in range(models.SEQUENCE)])
-        x = x.double().unflatten(-1, (mhc.num_streams, -1))
-        own = module.hyper_connection
-        parameters = (own.phi.detach().double(), own.alpha.detach().double(), own.bias.detach().double())
-        mappings = reference.mappings(
-            x, *parameters, iterations=mhc.sinkhorn_iterations, profile=mhc.profile, mode=mhc.mode
-        )
-        result.append(tuple(t.numpy() for t in (x, *mappings)))
-    return result
-
-
-def amax(matrix: np.ndarray) -> dict[str, tuple[float, float]]:
-    rows, columns = np.abs(matrix.sum(1)), np.abs(matrix.sum(0))
-    return {"forward": (rows.max(), rows.min()), "backward": (columns.max(), columns.min())}
-
-
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_numbers_are_those_of_the_definition(kind: str, one_process: None, tmp_path: Path) -> None:
     mhc = CONFIGS[kind]
     model = models.build(models.make_config(**models.MOE), mhc)
-    train(model, Monitor(model, folder=str(tmp_path)), 1)
+    with streams(model) as seen:
+        train(model, Monitor(model, folder=str(tmp_path)), 1)
     record = read(tmp_path).records[1]
-    sublayers = definition(model, mhc)
+    sublayers = definition(seen, mhc)
     assert record["sublayers"] == [[layer, name] for layer in range(1, 5) for name in ("attention", "mlp")]
     assert record["tokens"] == models.SEQUENCE
 
-    count, tokens = len(sublayers), range(models.SEQUENCE)
-    for depth, (x, pre, post, res) in enumerate(sublayers):
-        single = [amax(res[t]) for t in tokens]
-        # From this sublayer to the exit: the last one's matrix is the leftmost factor.
-        products = [np.linalg.multi_dot([*(sublayers[k][3][t] for k in range(count - 1, depth - 1, -1)), np.eye(res.shape[-1])])
-                    for t in tokens]  # fmt: skip
-        for what, matrices in (("single", single), ("composite", [amax(product) for product in products])):
-            for direction in ("forward", "backward"):
-                ours = record[what][direction]
-                largest, smallest = zip(*(matrix[direction] for matrix in matrices), strict=True)
-                assert ours["max"][depth] == pytest.approx(np.mean(largest), rel=TOLERANCE)
-                assert ours["min"][depth] == pytest.approx(np.mean(smallest), rel=TOLERANCE, abs=1e-6)
-                assert ours["highest"][depth] == pytest.approx(max(largest), rel=TOLERANCE)
-                assert ours["lowest"][depth] == pytest.approx(min(smallest), rel=TOLERANCE, abs=1e-6)
-        assert record["column_error"][depth] == pytest.approx(np.abs(res.sum(1) - 1).max(1).mean(), rel=1e-4, abs=1e-6)
-        assert record["row_error"][depth] == pytest.approx(np.abs(res.sum(2) - 1).max(1).mean(), rel=1e-4, abs=1e-6)
-        for name, values in (("pre", pre), ("post", post)):
-            np.testing.assert_allclose(record[name]["mean"][depth], values.mean(0), rtol=TOLERANCE, atol=1e-6)
-            np.testing.assert_allclose(record[name]["std"][depth], values.std(0), rtol=1e-3, atol=1e-6)
-        pairs = [
-            x[t, i] @ x[t, j] / np.linalg.norm(x[t, i]) / np.linalg.norm(x[t, j])
-            for t in tokens for i in range(x.shape[1]) for j in range(i)
-        ]  # fmt: skip
-        assert record["similarity"][depth] == pytest.approx(np.mean(pairs), rel=TOLERANCE, abs=1e-6)
-        np.testing.assert_allclose(record["res_mean"][depth], res.mean(0), rtol=TOLERANCE, atol=1e-6)
-        if depth == 0:
-            np.testing.assert_allclose(record["composite_mean"], np.mean(products, 0), rtol=TOLERANCE, atol=1e-6)
+    check(record, sublayers, TOLERANCE)
     # The comparison would be empty if every gain were 1.
     assert max(record["composite"]["backward"]["max"]) > 1 + 1e-3
 
