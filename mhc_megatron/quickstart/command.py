@@ -46,15 +46,19 @@ def run(options: argparse.Namespace) -> int:
     if options.iterations < 30:
         print(f"quickstart: --iterations must be >= 30, got {options.iterations}", file=sys.stderr)
         return 2
-    # Megatron warns of every optional package it does without; the jobs' logs keep what matters.
-    warnings.simplefilter("ignore")
-    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+    quiet()
     try:
         claim(options.folder, "quickstart")
         return _Quickstart(options.folder.resolve(), options.iterations).run()
     except (JobError, FileExistsError, FileNotFoundError) as error:
         print(f"quickstart: {error}", file=sys.stderr)
         return 1
+
+
+def quiet() -> None:
+    """Megatron warns of every optional package it does without; the jobs' logs keep what matters."""
+    warnings.simplefilter("ignore")
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
 
 
 def claim(folder: Path, command: str) -> None:

@@ -17,7 +17,7 @@ from mhc_megatron.monitor import report, summary
 from mhc_megatron.monitor.gains import numbers
 from mhc_megatron.monitor.records import FILE, Run, read
 from mhc_megatron.quickstart import data
-from mhc_megatron.quickstart.command import claim
+from mhc_megatron.quickstart.command import claim, quiet
 from mhc_megatron.quickstart.jobs import TRAIN_SCRIPT, Job, JobError, use_gpu
 from mhc_megatron.stability.page import fill
 from mhc_megatron.stability.sizes import CPU, GPU, MODES, Size
@@ -51,6 +51,7 @@ def run(options: argparse.Namespace) -> int:
             print(f"stability: --{name} must be > 0, got {value}", file=sys.stderr)
             return 2
     size = dataclasses.replace(GPU if gpu else CPU, **given)
+    quiet()
     try:
         claim(options.folder, "stability")
         return _Experiment(options.folder.resolve(), size, gpu).run(

@@ -16,7 +16,7 @@ from mhc_megatron import MHCConfig, Monitor
 from mhc_megatron.monitor.records import FILE, Record, read
 from mhc_megatron.quickstart import data
 from tests import models
-from tests.distributed.test_layouts import LAYOUTS
+from tests.distributed.test_layouts import LAYOUTS, _model
 from tests.distributed.test_training import PP2_VPP2, train
 from tests.ranks import run_ranks, single_process
 
@@ -24,14 +24,15 @@ from tests.ranks import run_ranks, single_process
 MHC = MHCConfig(init="paper", init_alpha=2.0, sinkhorn_iterations=1)
 # Float32 streams whose sums run in another order, through alpha * phi; 6 digits written.
 TOLERANCE = 1e-4
-ONE_REPLICA = ["pp2", "pp2-vpp2", "pp2-vpp2-ends-apart", "tp2-sp", "tp2-sp-recompute", "pp2-tp2-sp", "pp2-recompute"]
+ONE_REPLICA = ["dense-tp2", "pp2", "pp2-vpp2", "pp2-vpp2-ends-apart", "tp2-sp", "tp2-sp-recompute", "pp2-tp2-sp", "pp2-recompute"]
 
 
 def _step(folder: Path, settings: dict[str, Any], out: str) -> None:
-    config = models.make_config(**models.MOE, **settings)
+    kind = _model(out)
+    config = models.make_config(**models.MODELS[kind], **settings)
     vpp = config.virtual_pipeline_model_parallel_size
     chunks = [models.build(config, MHC, stage) for stage in (range(vpp) if vpp else [None])]
-    parameters = folder / "parameters"
+    parameters = folder / f"{kind}.parameters"
     if parameters.exists():
         models.load(chunks, parameters)
     else:
@@ -43,13 +44,15 @@ def _step(folder: Path, settings: dict[str, Any], out: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def one(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Record]:
-    folder = tmp_path_factory.mktemp("monitor")
-    with single_process(folder):
-        _step(folder, {}, "one")
-    record = read(folder / "one").records[1]
-    assert max(record["composite"]["backward"]["max"]) > 1.01, "all gains are 1: the comparison would be empty"
-    return folder, record
+def one(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Record]]:
+    """One process: its folder with the parameters of both models, and their records."""
+    folder, records = tmp_path_factory.mktemp("monitor"), {}
+    for kind in ("dense", "moe"):
+        with single_process(folder):
+            _step(folder, {}, kind)
+        records[kind] = read(folder / kind).records[1]
+        assert max(records[kind]["composite"]["backward"]["max"]) > 1.01, "all gains are 1: nothing would be compared"
+    return folder, records
 
 
 def monitor_under(name: str, folder: Path) -> Record:
@@ -79,17 +82,17 @@ def assert_same(ours: Any, expected: Any, path: str = "") -> None:
 
 
 @pytest.mark.parametrize("name", ONE_REPLICA)
-def test_layout_has_the_numbers_of_one_process(name: str, one: tuple[Path, Record], hooks: None) -> None:
+def test_layout_has_the_numbers_of_one_process(name: str, one: tuple[Path, dict[str, Record]], hooks: None) -> None:
     folder, expected = one
-    assert_same(monitor_under(name, folder), expected)
+    assert_same(monitor_under(name, folder), expected[_model(name)])
 
 
-def test_one_replica_is_watched(one: tuple[Path, Record], hooks: None) -> None:
+def test_one_replica_is_watched(one: tuple[Path, dict[str, Record]], hooks: None) -> None:
     """With data parallelism (EP 2) it is the last one: its first microbatch is the second one of a single process."""
     folder, expected = one
     ours = monitor_under("ep2", folder)
-    assert ours["sublayers"] == expected["sublayers"]
-    assert ours["loss"] != pytest.approx(expected["loss"], rel=1e-3)
+    assert ours["sublayers"] == expected["moe"]["sublayers"]
+    assert ours["loss"] != pytest.approx(expected["moe"]["loss"], rel=1e-3)
 
 
 @pytest.fixture(scope="module")
