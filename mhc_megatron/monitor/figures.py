@@ -10,7 +10,7 @@ from mhc_megatron.monitor.records import Record, Run
 DIRECTIONS = ("forward", "backward")
 _SUMS = {"forward": "row sum", "backward": "column sum"}
 _MAPS = 8  # heat maps of H_res, of sublayers evenly spaced
-_LOG_ABOVE = 10.0  # gains that reach this, or its inverse, are drawn on a logarithmic axis
+_LOG_ABOVE = 10.0  # gains that reach this, or its inverse, are drawn on a logarithmic axis; others again without them
 
 
 def draw(runs: Sequence[Run]) -> dict[str, Any]:
@@ -22,6 +22,9 @@ def draw(runs: Sequence[Run]) -> dict[str, Any]:
     figures: dict[str, Any] = {}
     if monitored:
         figures["gains-by-depth"] = _gains_by_depth(monitored)
+        near = [run for run in monitored if _is_near_one(run)]
+        if 0 < len(near) < len(monitored):
+            figures["gains-by-depth-near-1"] = _gains_by_depth(near, _colors(monitored))
         figures["gains-by-iteration"] = _gains_by_iteration(monitored)
     if any(len(_series(run.records.values(), "loss")[0]) > 1 for run in runs):
         figures["loss"] = _loss(runs)
@@ -59,14 +62,27 @@ def _finish_gains(axis: Any, direction: str, where: str) -> None:
     axis.set(ylabel=f"{_SUMS[direction]} ({direction})", xlabel=where)
 
 
-def _gains_by_depth(runs: Sequence[Run]) -> Any:
+def _is_near_one(run: Run) -> bool:
+    record = run.monitored[-1]
+    gains = [
+        gain
+        for kind in ("single", "composite")
+        for d in DIRECTIONS
+        for b in ("max", "min")
+        for gain in record[kind][d][b]
+    ]
+    return all(gain is not None and 1 / _LOG_ABOVE <= gain <= _LOG_ABOVE for gain in gains)
+
+
+def _gains_by_depth(runs: Sequence[Run], colors: Sequence[tuple[Run, str]] = ()) -> Any:
     """The paper's figures 3 and 7: at each run's last monitored iteration."""
+    chosen = [(run, color) for run, color in colors or _colors(runs) if run in runs]
     figure, axes = _subplots(2, 2, (11, 7))
     titles = {"single": "single layer: H_res of the sublayer", "composite": "composite: from the sublayer to the exit"}
     for column, (kind, title) in enumerate(titles.items()):
         for row, direction in enumerate(DIRECTIONS):
             axis = axes[row, column]
-            for run, color in _colors(runs):
+            for run, color in chosen:
                 record = run.monitored[-1]
                 label = f"{run.name}, iteration {record['iteration']}"
                 depth = range(1, len(record["sublayers"]) + 1)

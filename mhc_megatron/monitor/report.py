@@ -19,6 +19,7 @@ PAGE = "report.html"
 _CAPTIONS = {
     "gains-by-depth": "The Amax gain magnitude of arXiv 2512.24880, figures 3 and 7: per token the largest absolute row sum "
     "(forward) and column sum (backward), then the mean over tokens. Dashed: the smallest sums, which show a stream that fades.",
+    "gains-by-depth-near-1": "The runs above whose gains stay within a factor of 10.",
     "gains-by-iteration": "Gains of the product of H_res over all sublayers.",
     "loss": "Loss and gradient norm of the monitored iterations.",
     "h-res": "H_res[i, j] carries stream j into stream i.",
@@ -94,7 +95,7 @@ def write(runs: Sequence[Run], out: Path) -> Path:
         figure.savefig(buffer, format="png", dpi=110)
         plt.close(figure)
         (out / f"{name}.png").write_bytes(buffer.getvalue())
-        caption = next(text for prefix, text in _CAPTIONS.items() if name.startswith(prefix))
+        caption = _CAPTIONS["h-res" if name.startswith("h-res") else name]
         image = base64.b64encode(buffer.getvalue()).decode()
         sections.append(f'<figure><img alt="{html.escape(name)}" src="data:image/png;base64,{image}">')
         sections.append(f"<figcaption>{html.escape(caption)}</figcaption></figure>")

@@ -127,16 +127,16 @@ class _Experiment:
     def table(self, runs: list[Run]) -> str:
         """The results as Markdown."""
         validation = [f"{self.validation[r.name]:.4f}" if r.name in self.validation else "failed" for r in runs]
-        where = f"{_device()}, bf16" if self.gpu else "CPU, float32"
         note = (
-            f"{self.size.describe()}; {where}; {time.monotonic() - self.started:.0f} s for all. "
+            f"{self.size.describe()}; {self.where()}. "
             "Gains: min to max of the absolute sums, means over tokens, at the last monitored iteration."
         )
         failed = f"\n\nFailed before the end: {', '.join(self.failed)}." if self.failed else ""
         return f"{summary.markdown(runs, validation_loss=validation)}\n{note}{failed}\n"
 
+    def where(self) -> str:
+        if not self.gpu:
+            return "CPU, float32"
+        import torch
 
-def _device() -> str:
-    import torch
-
-    return f"one {torch.cuda.get_device_name()}"
+        return f"one {torch.cuda.get_device_name()}, bf16; {time.monotonic() - self.started:.0f} s for all runs"

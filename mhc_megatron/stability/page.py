@@ -8,6 +8,7 @@ from pathlib import Path
 BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
 _PICTURES = {
     "gains-by-depth": "gain against depth",
+    "gains-by-depth-near-1": "gain against depth, runs with gains near 1",
     "gains-by-iteration": "composite gain while training",
     "loss": "training loss and gradient norm",
 }

@@ -35,8 +35,9 @@ class Size:
 
     @property
     def interval(self) -> int:
-        """Iterations between monitored steps."""
-        return max(1, self.iterations // _POINTS)
+        """Iterations between monitored steps: so that the last one is monitored, if a near number allows it."""
+        least = max(1, self.iterations // _POINTS)
+        return next((k for k in range(least, 2 * least + 1) if self.iterations % k == 0), least)
 
     def describe(self) -> str:
         """For a table's caption."""

@@ -24,7 +24,16 @@ from tests.ranks import run_ranks, single_process
 MHC = MHCConfig(init="paper", init_alpha=2.0, sinkhorn_iterations=1)
 # Float32 streams whose sums run in another order, through alpha * phi; 6 digits written.
 TOLERANCE = 1e-4
-ONE_REPLICA = ["dense-tp2", "pp2", "pp2-vpp2", "pp2-vpp2-ends-apart", "tp2-sp", "tp2-sp-recompute", "pp2-tp2-sp", "pp2-recompute"]
+ONE_REPLICA = [
+    "dense-tp2",
+    "pp2",
+    "pp2-vpp2",
+    "pp2-vpp2-ends-apart",
+    "tp2-sp",
+    "tp2-sp-recompute",
+    "pp2-tp2-sp",
+    "pp2-recompute",
+]
 
 
 def _step(folder: Path, settings: dict[str, Any], out: str) -> None:
