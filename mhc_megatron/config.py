@@ -10,6 +10,7 @@ MODES = ("mhc", "hc")
 PROFILES = ("paper", "deepseek-v4")
 INITS = ("preserve", "paper")
 BACKENDS = ("auto", "triton", "reference")
+PIPELINE_COMMS = ("auto", "wide", "split")
 
 # Fields that change what a trained model computes: a checkpoint fits only a model with the same values.
 FUNCTIONAL_FIELDS = ("num_streams", "mode", "profile", "sinkhorn_iterations", "eps")
@@ -62,6 +63,12 @@ class MHCConfig:
     )
     recompute_sublayers: int = _option(
         0, "sublayers (two a layer) that share one kept set of streams under recompute; 0: what needs the least memory"
+    )
+    pipeline_comm: str = _option(
+        "auto",
+        "pipeline transfers: wide: all streams, after a chunk's last sublayer; split: H_res x on a side channel while that "
+        "sublayer runs, its output after it; auto: wide",
+        PIPELINE_COMMS,
     )
 
     monitor_interval: int = _option(

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
-RANK_TIMEOUT = 120  # seconds; a rank that hangs prints its stack and fails the test
+RANK_TIMEOUT = 25  # seconds; a rank that hangs prints its stack and fails the test
 
 
 @contextlib.contextmanager
