@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import subprocess
 import sys
@@ -26,21 +27,22 @@ MHC = MHCConfig(init="paper", init_alpha=2.0, sinkhorn_iterations=1)
 TOLERANCE = 1e-4
 ONE_REPLICA = [
     "dense-tp2",
-    "pp2",
-    "pp2-vpp2",
-    "pp2-vpp2-ends-apart",
     "tp2-sp",
     "tp2-sp-recompute",
-    "pp2-tp2-sp",
+    "pp2",
     "pp2-recompute",
+    "pp2-vpp2",
+    "pp2-vpp2-split",
+    "pp2-tp2-sp",
+    "pp4-ends-apart",
 ]
 
 
 def _step(folder: Path, settings: dict[str, Any], out: str) -> None:
-    kind = _model(out)
+    kind, mhc = _model(out), dataclasses.replace(MHC, **settings.pop("mhc", {}))
     config = models.make_config(**models.MODELS[kind], **settings)
     vpp = config.virtual_pipeline_model_parallel_size
-    chunks = [models.build(config, MHC, stage) for stage in (range(vpp) if vpp else [None])]
+    chunks = [models.build(config, mhc, stage) for stage in (range(vpp) if vpp else [None])]
     parameters = folder / f"{kind}.parameters"
     if parameters.exists():
         models.load(chunks, parameters)
