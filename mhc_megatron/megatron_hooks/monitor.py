@@ -47,8 +47,13 @@ def _monitor(model: list[Any]) -> Monitor | None:
     if mhc_config_of(model) is None:
         return None
     args = get_args()
-    folder = getattr(args, "mhc_monitor_dir", "") or args.save or args.tensorboard_dir
-    return Monitor(model, folder=folder, tensorboard=get_tensorboard_writer(), wandb=get_wandb_writer())
+    return Monitor(model, folder=_folder(args), tensorboard=get_tensorboard_writer(), wandb=get_wandb_writer())
+
+
+def _folder(args: Any) -> str | None:
+    """Of the folders that may hold the file the first one on a file system: checkpoints may go to an object store."""
+    named = (getattr(args, "mhc_monitor_dir", ""), args.save, args.tensorboard_dir)
+    return next((folder for folder in named if folder and "://" not in folder), None)
 
 
 REBINDINGS = [Rebinding("megatron.training.training", "train_step", _train_step)]

@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mhc_megatron.monitor.records import numbers
+
 Numbers = list[float | None]
 
 
@@ -86,12 +88,3 @@ def summarize(res: Tensor, post: Tensor, pre: Tensor, similarity: Tensor) -> dic
         "res_mean": numbers(res.mean(1)),
         "composite_mean": numbers(products[0].mean(0)),
     }
-
-
-def numbers(values: Any) -> Any:
-    """A tensor, or nested lists, as numbers of 6 digits for JSON; null for what is not finite."""
-    if isinstance(values, Tensor):
-        values = values.tolist()
-    if isinstance(values, list):
-        return [numbers(value) for value in values]
-    return float(f"{values:.6g}") if abs(values) < float("inf") else None

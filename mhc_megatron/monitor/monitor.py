@@ -12,9 +12,9 @@ from torch import nn
 from mhc_megatron.config import MHCConfig
 from mhc_megatron.monitor.band import Band, show
 from mhc_megatron.monitor.capture import SUBLAYERS, Layout, Sample, find_sublayers
-from mhc_megatron.monitor.gains import numbers, summarize
+from mhc_megatron.monitor.gains import summarize
 from mhc_megatron.monitor.ranks import Ranks
-from mhc_megatron.monitor.records import Record, Writer
+from mhc_megatron.monitor.records import Record, Writer, numbers
 from mhc_megatron.monitor.scalars import scalars
 
 _logger = logging.getLogger(__name__)

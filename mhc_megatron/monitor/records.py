@@ -8,12 +8,21 @@ returns. A run without mHC has losses only.
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 FILE = "mhc-monitor.jsonl"
 Record = dict[str, Any]
+
+
+def numbers(values: Any) -> Any:
+    """A number, nested lists of numbers or a tensor, as numbers of 6 digits for JSON; null for what is not finite."""
+    values = values.tolist() if hasattr(values, "tolist") else values
+    if isinstance(values, list):
+        return [numbers(value) for value in values]
+    return float(f"{values:.6g}") if math.isfinite(values) else None
 
 
 class Writer:

@@ -14,8 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from mhc_megatron.monitor import report, summary
-from mhc_megatron.monitor.gains import numbers
-from mhc_megatron.monitor.records import FILE, Run, read
+from mhc_megatron.monitor.records import FILE, Run, numbers, read
 from mhc_megatron.quickstart import data
 from mhc_megatron.quickstart.command import claim, quiet
 from mhc_megatron.quickstart.jobs import TRAIN_SCRIPT, Job, JobError, use_gpu

@@ -133,11 +133,20 @@ def test_file_goes_on_over_a_restart(restarted: Any) -> None:
         assert len(record["sublayers"]) == len(record["composite"]["backward"]["min"]) == 8
 
 
+_WITHOUT_MATPLOTLIB = """
+import sys
+sys.modules["matplotlib"] = None
+from mhc_megatron.__main__ import main
+status = main()
+assert "torch" not in sys.modules, "the report has no use for torch"
+sys.exit(status)
+"""
+
+
 def report(*arguments: str | Path, without_matplotlib: bool = False) -> subprocess.CompletedProcess[str]:
     run = [sys.executable, "-m", "mhc_megatron", "report", *map(str, arguments)]
     if without_matplotlib:
-        code = "import sys; sys.modules['matplotlib'] = None; from mhc_megatron.__main__ import main; sys.exit(main())"
-        run = [sys.executable, "-c", code, "report", *map(str, arguments)]
+        run = [sys.executable, "-c", _WITHOUT_MATPLOTLIB, "report", *map(str, arguments)]
     return subprocess.run(run, capture_output=True, text=True, timeout=120)
 
 

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.gpu
 pytest.importorskip("transformer_engine.pytorch", reason="needs Transformer Engine")
 
 
-@pytest.mark.parametrize("recompute", [False, True], ids=["", "mhc-recompute"])
+@pytest.mark.parametrize("recompute", [False, True], ids=["plain", "mhc-recompute"])
 def test_numbers_are_those_of_the_definition(recompute: bool, one_process: None, tmp_path: Path) -> None:
     """Both read the same bf16 streams; the kernels' product with phi, in float32, is what differs."""
     mhc = MHCConfig(init="paper", init_alpha=2.0, sinkhorn_iterations=1, recompute=recompute)
