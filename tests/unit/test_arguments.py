@@ -59,6 +59,7 @@ def test_every_field_has_a_flag(validate: Any) -> None:
         "weight_decay": True,
         "recompute": True,
         "recompute_sublayers": 3,
+        "pipeline_comm": "split",
         "backend": "triton",
         "pipeline_comm": "wide",
         "monitor_interval": 7,
