@@ -61,7 +61,6 @@ def test_every_field_has_a_flag(validate: Any) -> None:
         "recompute_sublayers": 3,
         "pipeline_comm": "split",
         "backend": "triton",
-        "pipeline_comm": "wide",
         "monitor_interval": 7,
         "monitor_tokens": 64,
         "monitor_band": 1.5,
