@@ -25,13 +25,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     pretrain.add_argument("script", help="the training script, e.g. Megatron-LM's pretrain_gpt.py")
     pretrain.add_argument("arguments", nargs=argparse.REMAINDER, help="its arguments, and --enable-mhc")
 
-    from mhc_megatron.quickstart.command import add_parser, run
+    from mhc_megatron.monitor import report
+    from mhc_megatron.quickstart import command as quickstart
+    from mhc_megatron.stability import command as stability
 
-    add_parser(commands)
+    modules = {"quickstart": quickstart, "report": report, "stability": stability}
+    for module in modules.values():
+        module.add_parser(commands)
     options = parser.parse_args(argv)
-    if options.command == "quickstart":
-        return run(options)
-    return _pretrain(options)
+    return _pretrain(options) if options.command == "pretrain" else modules[options.command].run(options)
 
 
 def _pretrain(options: argparse.Namespace) -> int:

@@ -26,6 +26,7 @@ class StreamEntry(nn.Module):
 
     def __init__(self, mhc_config: MHCConfig, *, config: Any, hidden_size: int, eps: float):
         super().__init__()
+        self.mhc_config = mhc_config
         self.num_streams = mhc_config.num_streams
         self.hidden_size = hidden_size
         self.backend = mhc_config.backend
