@@ -7,58 +7,50 @@ Without y, the streams are taken as they are.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
 import torch
 from torch import Tensor
 
 from mhc_kernels.fused import configs, forward, mapping_backward, pack, phi_backward
 from mhc_kernels.fused.launch import Part, Plan, Step, divide
-from mhc_kernels.fused.library import Sizes, cdiv, operator, sizes
+from mhc_kernels.fused.library import Sizes, cdiv, operator, sizes, sizes_of
+from mhc_kernels.fused.memory import Form, allocator, form
 from mhc_kernels.fused.single import mix_project_step, plans, stream_backward_step
 from mhc_kernels.reference import streams_of
 
-Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+Outputs = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor, Tensor, Tensor]
 
 
-def _kept(s: Sizes, normalises: bool) -> dict[str, Part]:
+Shape = tuple[tuple[int, ...], torch.dtype]
+
+
+def _kept(s: Sizes, aggregates: bool, normalises: bool) -> dict[str, Part]:
     """What the backward needs besides: projected values and in column R the RMS factor; phi as `pack_kernel` lays it out; of
-    the norm 1 / rms(u)."""
+    the norm 1 / rms(u); the weights pre, unless they are what was asked for."""
     columns = s.packed[1] * s.packed[2]
     return divide(
         "kept",
         saved=((s.t, s.padded_rows), torch.float32),
         w_back=((s.padded_rows, columns), s.product_dtype),
-        **({"rho": ((s.t,), torch.float32)} if normalises else {}),
+        **({"rho": ((cdiv(s.t, 4) * 4,), torch.float32)} if normalises else {}),
+        **({"pre": ((s.t, s.n), torch.float32)} if aggregates else {}),
     )
 
 
-def _outputs(
-    x: Tensor,
-    res: Tensor | None,
-    post: Tensor | None,
-    y: Tensor | None,
-    bias: Tensor,
-    aggregates: bool,
-    normalises: bool,
-) -> Outputs:
-    s = sizes(x, streams_of(bias))
-    lead = x.shape[:-1]
-    kept = bias.new_empty(s.kept + s.t if normalises else s.kept)
-    if y is None or post is None or res is None:
-        return (
-            x.new_empty(0),
-            x.new_empty((*lead, s.c) if aggregates else 0),
-            bias.new_empty((*lead, s.n)),
-            bias.new_empty((*lead, s.n)),
-            bias.new_empty((*lead, s.n, s.n)),
-            kept,
-        )
+def _shapes(
+    s: Sizes, lead: tuple[int, ...], dtype: torch.dtype, mixes: bool, aggregates: bool, normalises: bool
+) -> tuple[Shape | None, ...]:
+    """Of the `Outputs`; None: there is no such output."""
+    kept = s.kept + (cdiv(s.t, 4) * 4 if normalises else 0) + (s.t * s.n if aggregates else 0)
     return (
-        torch.empty_like(x),
-        torch.empty_like(y) if aggregates else x.new_empty(0),
-        torch.empty_like(post),
-        torch.empty_like(post),
-        torch.empty_like(res),
-        kept,
+        ((*lead, s.n * s.c), dtype) if mixes else None,
+        ((*lead, s.c), dtype) if aggregates else None,
+        None if aggregates else ((*lead, s.n), torch.float32),
+        ((*lead, s.n), torch.float32),
+        ((*lead, s.n, s.n), torch.float32),
+        ((kept,), torch.float32),
     )
 
 
@@ -109,7 +101,7 @@ def _forward_plan(
         sums=((max(split, square_parts), s.t, s.sums_width), torch.float32),
         w=((padded * c, s.width), s.product_dtype),
     )
-    return Plan(_FORWARD, steps, {**_kept(s, normalises), **scratch})
+    return Plan(_FORWARD, steps, {**_kept(s, aggregates, normalises), **scratch}, unchecked=7)
 
 
 def _mix_pack_step(mix: Step, packing: Step) -> Step:
@@ -134,12 +126,46 @@ def _project_step(s: Sizes, out: str, squares: bool) -> Step:
     return Step(forward.project_kernel, grid, (out, "w", "sums"), (s.t,), meta, config.warps)
 
 
+class _Call(NamedTuple):
+    """What one set of sizes and options needs: launches (None without tokens), the results' forms (None: no such result)."""
+
+    plan: Plan | None
+    results: tuple[Form | None, ...]
+    scratch: Form | None
+
+    def allocate(self, new: Callable[..., Tensor]) -> list[Any]:
+        """The results, uninitialised."""
+        return [None if result is None else new(*result) for result in self.results]
+
+
+def _call(plan: Plan | None, shapes: Sequence[Shape | None]) -> _Call:
+    scratch = None if plan is None else form((plan.floats["scratch"],), torch.float32)
+    return _Call(plan, tuple(None if shape is None else form(*shape) for shape in shapes), scratch)
+
+
+@plans
+def _forward_call(
+    shape: tuple[int, ...], n: int, dtype: torch.dtype, device: int, mixes: bool, biased: bool, drops: bool, p: float,
+    aggregates: bool, iterations: int, eps: float, eps_sinkhorn: float, hc: bool, gamma: torch.dtype | None, norm_eps: float,
+    centered: bool,
+) -> _Call:  # fmt: skip
+    s = sizes_of(shape, n, dtype, device)
+    plan = None
+    if s.t:
+        plan = _forward_plan(
+            s, mixes, biased, drops, p, aggregates, iterations, eps, eps_sinkhorn, hc, gamma, norm_eps, centered
+        )
+    return _call(plan, _shapes(s, shape[:-1], dtype, mixes, aggregates, gamma is not None))
+
+
 def _fake_boundary(
     x: Tensor, res: Tensor | None, post: Tensor | None, y: Tensor | None, y_bias: Tensor | None, seed: Tensor | None, p: float,
     phi: Tensor, alpha: Tensor, bias: Tensor, aggregates: bool, iterations: int, eps: float, eps_sinkhorn: float, hc: bool,
     gamma: Tensor | None, norm_eps: float, centered: bool,
-) -> Outputs:  # fmt: skip
-    return _outputs(x, res, post, y, bias, aggregates, gamma is not None)
+) -> tuple[Tensor | None, ...]:  # fmt: skip
+    s = sizes(x, streams_of(bias))
+    shapes = _shapes(s, x.shape[:-1], x.dtype, y is not None, aggregates, gamma is not None)
+    return tuple(None if shape is None else x.new_empty(shape[0], dtype=shape[1]) for shape in shapes)
 
 
 @operator(
@@ -165,41 +191,43 @@ def boundary(
         gamma ``[C]``, norm_eps, centered: RMSNorm of u, as in `mhc_kernels.RMSNorm`; None for none. n <= 4.
 
     Returns:
-        out ``[..., n*C]`` (empty without y), u ``[..., C]`` (empty unless aggregates), pre, post, res of the next
-        sublayer, float32; kept, float32, what the backward needs besides (`_kept`).
+        out ``[..., n*C]`` (None without y), u ``[..., C]`` (None unless aggregates), pre (None if aggregates: it is in kept), post,
+        res of the next sublayer, float32; kept, float32, what the backward needs besides (`_kept`).
     """
-    s = sizes(x, streams_of(bias))
-    outputs = _outputs(x, res, post, y, bias, aggregates, gamma is not None)
-    if s.t:
-        plan = _forward_plan(
-            s, y is not None, y_bias is not None, seed is not None, p, aggregates, iterations, eps, eps_sinkhorn, hc,
-            None if gamma is None else gamma.dtype, norm_eps, centered,
-        )  # fmt: skip
-        plan.run(
+    call = _forward_call(
+        x.shape, streams_of(bias), x.dtype, x.get_device(), y is not None, y_bias is not None, seed is not None, p, aggregates,
+        iterations, eps, eps_sinkhorn, hc, None if gamma is None else gamma.dtype, norm_eps, centered,
+    )  # fmt: skip
+    new = allocator(x)
+    out, u, pre, post_out, res_out, kept = results = call.allocate(new)
+    if call.plan is not None and call.scratch is not None:
+        call.plan.run(
             x, x if res is None else res, x if post is None else post, x if y is None else y,
             x if y_bias is None else y_bias, x if seed is None else seed, phi, alpha, bias, x if gamma is None else gamma,
-            *outputs, bias.new_empty(plan.floats["scratch"]),
+            x if out is None else out, x if u is None else u, x if pre is None else pre, post_out, res_out, kept,
+            new(*call.scratch),
         )  # fmt: skip
-    return outputs
+    return tuple(results)  # type: ignore[return-value]
 
 
-Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+Gradients = tuple[
+    Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None
+]
 
 
-def _gradients(
-    x: Tensor, res: Tensor | None, post: Tensor | None, y: Tensor | None, alpha: Tensor, bias: Tensor, gamma: Tensor | None,
-    accumulates: bool,
-) -> Gradients:  # fmt: skip
-    shape = (bias.shape[0], x.shape[-1])
+def _gradient_shapes(
+    s: Sizes, lead: tuple[int, ...], dtype: torch.dtype, mixes: bool, gamma: torch.dtype | None, accumulates: bool
+) -> tuple[Shape | None, ...]:
+    """Of the `Gradients`; None: there is no such gradient."""
     return (
-        torch.empty_like(x),
-        x.new_empty(0) if y is None else torch.empty_like(y),
-        x.new_empty(0) if res is None else torch.empty_like(res),
-        x.new_empty(0) if post is None else torch.empty_like(post),
-        x.new_empty(0) if gamma is None else torch.empty_like(gamma),
-        x.new_empty(0) if accumulates else bias.new_empty(shape),
-        x.new_empty(0) if accumulates else torch.empty_like(alpha),
-        x.new_empty(0) if accumulates else torch.empty_like(bias),
+        ((*lead, s.n * s.c), dtype),
+        ((*lead, s.c), dtype) if mixes else None,
+        ((*lead, s.n, s.n), torch.float32) if mixes else None,
+        ((*lead, s.n), torch.float32) if mixes else None,
+        None if gamma is None else ((s.c,), gamma),
+        None if accumulates else ((s.rows, s.n * s.c), torch.float32),
+        None if accumulates else ((3,), torch.float32),
+        None if accumulates else ((s.rows,), torch.float32),
     )
 
 
@@ -212,7 +240,7 @@ _BACKWARD = (
 @plans
 def _backward_plan(
     s: Sizes, g: bool, aggregates: bool, mixes: bool, biased: bool, drops: bool, accumulates: bool, p: float,
-    iterations: int, eps_sinkhorn: float, hc: bool, gamma: torch.dtype | None, centered: bool,
+    iterations: int, eps_sinkhorn: float, hc: bool, gamma: torch.dtype | None, centered: bool, keeps_pre: bool,
 ) -> Plan:  # fmt: skip
     normalises = gamma is not None
     config = configs.mapping_backward(s, normalises)
@@ -260,23 +288,41 @@ def _backward_plan(
         pre_totals=((rows, s.padded_pre), torch.float32),
     )
     # The gradients of the parameters may be Megatron's, at any address.
-    return Plan(_BACKWARD, [mapping, phi, streams], {**_kept(s, normalises), **scratch}, unaligned=3)
+    return Plan(_BACKWARD, [mapping, phi, streams], {**_kept(s, keeps_pre, normalises), **scratch}, unchecked=10)
+
+
+@plans
+def _backward_call(
+    shape: tuple[int, ...], n: int, dtype: torch.dtype, device: int, g: bool, aggregates: bool, mixes: bool, biased: bool, drops: bool,
+    accumulates: bool, p: float, iterations: int, eps_sinkhorn: float, hc: bool, gamma: torch.dtype | None, centered: bool,
+    keeps_pre: bool,
+) -> _Call:  # fmt: skip
+    s = sizes_of(shape, n, dtype, device)
+    plan = None
+    if s.t:
+        plan = _backward_plan(
+            s, g, aggregates, mixes, biased, drops, accumulates, p, iterations, eps_sinkhorn, hc, gamma, centered, keeps_pre
+        )
+    return _call(plan, _gradient_shapes(s, shape[:-1], dtype, mixes, gamma, accumulates))
 
 
 def _fake_boundary_backward(
     g: Tensor | None, du: Tensor | None, dpre: Tensor | None, dpost_out: Tensor | None, dres_out: Tensor | None,
     x: Tensor, res: Tensor | None, post: Tensor | None, y: Tensor | None, y_bias: Tensor | None, seed: Tensor | None, p: float,
-    out: Tensor, pre: Tensor, kept: Tensor, alpha: Tensor, bias: Tensor,
+    out: Tensor, pre: Tensor | None, kept: Tensor, alpha: Tensor, bias: Tensor,
     main_phi: Tensor | None, main_alpha: Tensor | None, main_bias: Tensor | None,
     iterations: int, eps_sinkhorn: float, hc: bool, gamma: Tensor | None, centered: bool,
-) -> Gradients:  # fmt: skip
-    return _gradients(x, res, post, y, alpha, bias, gamma, main_phi is not None)
+) -> tuple[Tensor | None, ...]:  # fmt: skip
+    s = sizes(x, streams_of(bias))
+    dtype = None if gamma is None else gamma.dtype
+    shapes = _gradient_shapes(s, x.shape[:-1], x.dtype, y is not None, dtype, main_phi is not None)
+    return tuple(None if shape is None else x.new_empty(shape[0], dtype=shape[1]) for shape in shapes)
 
 
 @operator(
     "boundary_backward(Tensor? g, Tensor? du, Tensor? dpre, Tensor? dpost_out, Tensor? dres_out, "
     "Tensor x, Tensor? res, Tensor? post, Tensor? y, Tensor? y_bias, Tensor? seed, float p, "
-    "Tensor out, Tensor pre, Tensor kept, Tensor alpha, Tensor bias, "
+    "Tensor out, Tensor? pre, Tensor kept, Tensor alpha, Tensor bias, "
     "Tensor(a!)? main_phi, Tensor(b!)? main_alpha, Tensor(c!)? main_bias, int iterations, float eps_sinkhorn, bool hc, "
     "Tensor? gamma, bool centered) -> "
     "(Tensor dx, Tensor dy, Tensor dres, Tensor dpost, Tensor dgamma, Tensor dphi, Tensor dalpha, Tensor dbias)",
@@ -285,7 +331,7 @@ def _fake_boundary_backward(
 def boundary_backward(
     g: Tensor | None, du: Tensor | None, dpre: Tensor | None, dpost_out: Tensor | None, dres_out: Tensor | None,
     x: Tensor, res: Tensor | None, post: Tensor | None, y: Tensor | None, y_bias: Tensor | None, seed: Tensor | None, p: float,
-    out: Tensor, pre: Tensor, kept: Tensor, alpha: Tensor, bias: Tensor,
+    out: Tensor, pre: Tensor | None, kept: Tensor, alpha: Tensor, bias: Tensor,
     main_phi: Tensor | None, main_alpha: Tensor | None, main_bias: Tensor | None,
     iterations: int, eps_sinkhorn: float, hc: bool, gamma: Tensor | None, centered: bool,
 ) -> Gradients:  # fmt: skip
@@ -293,38 +339,40 @@ def boundary_backward(
 
     Args:
         g, du, dpre, dpost_out, dres_out: gradients of out, u, pre, post_out, res_out; None is zero. du or dpre, not both.
-        out: the streams that phi was multiplied with (x itself without y).
+        out: the streams that phi was multiplied with (x itself without y). pre: None if it is in kept.
         main_phi, main_alpha, main_bias: float32 gradients to add to (all or none) instead of returning new ones.
         The others: as given to `boundary` and returned by it.
 
     Returns:
-        Gradients of x, y, res, post, gamma, phi, alpha, bias; empty where there is nothing to return.
+        Gradients of x, y, res, post, gamma, phi, alpha, bias; None where there is nothing to return.
     """
-    s = sizes(x, streams_of(bias))
+    n = streams_of(bias)
     accumulates = main_phi is not None
-    gradients = _gradients(x, res, post, y, alpha, bias, gamma, accumulates)
-    if not s.t:
-        for gradient in gradients[4:]:  # empty where there is nothing to return
-            gradient.zero_()
-        return gradients
+    call = _backward_call(
+        x.shape, n, x.dtype, x.get_device(), g is not None, du is not None, y is not None, y_bias is not None, seed is not None,
+        accumulates, p, iterations, eps_sinkhorn, hc, None if gamma is None else gamma.dtype, centered, pre is None,
+    )  # fmt: skip
+    new = allocator(x)
+    dx, dy, dres, dpost, dgamma, *parameters = results = call.allocate(new)
+    if call.plan is None or call.scratch is None:
+        for gradient in results[4:]:
+            if gradient is not None:
+                gradient.zero_()
+        return tuple(results)  # type: ignore[return-value]
     lead = x.shape[:-1]
     if dpost_out is None:
-        dpost_out = bias.new_zeros((*lead, s.n))
+        dpost_out = bias.new_zeros((*lead, n))
     if dres_out is None:
-        dres_out = bias.new_zeros((*lead, s.n, s.n))
+        dres_out = bias.new_zeros((*lead, n, n))
     if dpre is None:
-        dpre = alpha if du is not None else bias.new_zeros((*lead, s.n))
-    plan = _backward_plan(
-        s, g is not None, du is not None, y is not None, y_bias is not None, seed is not None, accumulates, p,
-        iterations, eps_sinkhorn, hc, None if gamma is None else gamma.dtype, centered,
-    )  # fmt: skip
-    parameters = gradients[5:]
-    if main_phi is not None and main_alpha is not None and main_bias is not None:
-        parameters = (main_phi, main_alpha, main_bias)
-    plan.run(
+        dpre = alpha if du is not None else bias.new_zeros((*lead, n))
+    call.plan.run(
         x if g is None else g, x if du is None else du, dpre, dpost_out, dres_out,
         x, x if res is None else res, x if post is None else post, x if y is None else y,
-        x if y_bias is None else y_bias, x if seed is None else seed, out, pre, kept, alpha, bias, x if gamma is None else gamma,
-        bias.new_empty(plan.floats["scratch"]), torch.empty_like(out) if s.wide else out, *gradients[:5], *parameters,
+        x if y_bias is None else y_bias, x if seed is None else seed, out, x if pre is None else pre, kept, alpha, bias,
+        x if gamma is None else gamma,
+        new(*call.scratch), torch.empty_like(out) if n > 4 else out,
+        dx, x if dy is None else dy, x if dres is None else dres, x if dpost is None else dpost, x if dgamma is None else dgamma,
+        *((main_phi, main_alpha, main_bias) if accumulates else parameters),
     )  # fmt: skip
-    return gradients
+    return tuple(results)  # type: ignore[return-value]

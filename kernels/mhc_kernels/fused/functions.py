@@ -76,7 +76,7 @@ class Boundary(torch.autograd.Function):
         phi: Tensor, alpha: Tensor, bias: Tensor, settings: Settings, accumulate: bool, gamma: Tensor | None, norm: Norm,
         recompute: RecomputePlace | None,
     ) -> tuple[Tensor, ...]:  # fmt: skip
-        out, u, pre, post_out, res_out, kept = boundary_operators.boundary(
+        out, u, _, post_out, res_out, kept = boundary_operators.boundary(
             x, res, post, y, y_bias, seed, p, phi, alpha, bias, True, *settings, gamma, *norm
         )
         if recompute is not None and any(ctx.needs_input_grad):  # else there will be no node
@@ -84,7 +84,8 @@ class Boundary(torch.autograd.Function):
         ctx.recompute, ctx.unpacked = recompute, None
         kept_x = x if recompute is None or recompute.is_first else None
         kept_out = out if recompute is None or recompute.is_last else None
-        ctx.save_for_backward(kept_x, res, post, y, y_bias, seed, kept_out, pre, kept, phi, alpha, bias, gamma)
+        own_phi = phi if accumulate else None  # kept has its values
+        ctx.save_for_backward(kept_x, res, post, y, y_bias, seed, kept_out, kept, own_phi, alpha, bias, gamma)
         ctx.p, ctx.settings, ctx.accumulate, ctx.norm = p, settings, accumulate, norm
         ctx.set_materialize_grads(False)
         return out, u, post_out, res_out
@@ -93,13 +94,13 @@ class Boundary(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor | None, du: Tensor | None, dpost: Tensor | None, dres: Tensor | None) -> Any:
         _refuse_second_derivatives()
         try:
-            x, res, post, y, y_bias, seed, out, pre, kept, phi, alpha, bias, gamma = _unpacked(ctx)
+            x, res, post, y, y_bias, seed, out, kept, phi, alpha, bias, gamma = _unpacked(ctx)
             if out is None:
                 out = ctx.recompute.next().streams(_mix_again)
             if x is None:
                 x = ctx.recompute.streams(_mix_again)
             dx, dy, dres_in, dpost_in, dgamma, *parameters = _boundary_backward(
-                ctx, g, du, None, dpost, dres, x, res, post, y, y_bias, seed, ctx.p, out, pre, kept, phi, alpha, bias, gamma
+                ctx, g, du, None, dpost, dres, x, res, post, y, y_bias, seed, ctx.p, out, None, kept, phi, alpha, bias, gamma
             )  # fmt: skip
         finally:
             ctx.unpacked = None  # it may hold what this node has made
@@ -133,10 +134,10 @@ class Connect(torch.autograd.Function):
         ctx: Any, x: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, settings: Settings, accumulate: bool,
         gamma: Tensor | None, norm: Norm,
     ) -> tuple[Tensor, ...]:  # fmt: skip
-        _, u, pre, post, res, kept = boundary_operators.boundary(
+        _, u, _, post, res, kept = boundary_operators.boundary(
             x, None, None, None, None, None, 0.0, phi, alpha, bias, True, *settings, gamma, *norm
         )
-        ctx.save_for_backward(x, pre, kept, phi, alpha, bias, gamma)
+        ctx.save_for_backward(x, kept, phi if accumulate else None, alpha, bias, gamma)
         ctx.settings, ctx.accumulate, ctx.norm = settings, accumulate, norm
         ctx.set_materialize_grads(False)
         return x, u, post, res
@@ -144,9 +145,9 @@ class Connect(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor | None, du: Tensor | None, dpost: Tensor | None, dres: Tensor | None) -> Any:
         _refuse_second_derivatives()
-        x, pre, kept, phi, alpha, bias, gamma = ctx.saved_tensors
+        x, kept, phi, alpha, bias, gamma = ctx.saved_tensors
         dx, _, _, _, dgamma, *parameters = _boundary_backward(
-            ctx, g, du, None, dpost, dres, x, None, None, None, None, None, 0.0, x, pre, kept, phi, alpha, bias, gamma
+            ctx, g, du, None, dpost, dres, x, None, None, None, None, None, 0.0, x, None, kept, phi, alpha, bias, gamma
         )
         return dx, *parameters, None, None, None if gamma is None else dgamma, None
 
@@ -161,7 +162,7 @@ class Mappings(torch.autograd.Function):
         _, _, pre, post, res, kept = boundary_operators.boundary(
             x, None, None, None, None, None, 0.0, phi, alpha, bias, False, *settings, None, *NO_NORM
         )
-        ctx.save_for_backward(x, pre, kept, phi, alpha, bias)
+        ctx.save_for_backward(x, pre, kept, alpha, bias)
         ctx.settings, ctx.accumulate, ctx.norm = settings, False, NO_NORM
         ctx.set_materialize_grads(False)
         return pre, post, res
@@ -169,28 +170,10 @@ class Mappings(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dpre: Tensor | None, dpost: Tensor | None, dres: Tensor | None) -> Any:
         _refuse_second_derivatives()
-        x, pre, kept, phi, alpha, bias = ctx.saved_tensors
+        x, pre, kept, alpha, bias = ctx.saved_tensors
+        nothing = (None,) * 5
         dx, _, _, _, _, *parameters = _boundary_backward(
-            ctx,
-            None,
-            None,
-            dpre,
-            dpost,
-            dres,
-            x,
-            None,
-            None,
-            None,
-            None,
-            None,
-            0.0,
-            x,
-            pre,
-            kept,
-            phi,
-            alpha,
-            bias,
-            None,
+            ctx, None, None, dpre, dpost, dres, x, *nothing, 0.0, x, pre, kept, None, alpha, bias, None
         )
         return dx, *parameters, None
 
@@ -198,16 +181,17 @@ class Mappings(torch.autograd.Function):
 def _boundary_backward(
     ctx: Any, g: Tensor | None, du: Tensor | None, dpre: Tensor | None, dpost: Tensor | None, dres: Tensor | None,
     x: Tensor, res: Tensor | None, post: Tensor | None, y: Tensor | None, y_bias: Tensor | None, seed: Tensor | None, p: float,
-    out: Tensor, pre: Tensor, kept: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, gamma: Tensor | None,
+    out: Tensor, pre: Tensor | None, kept: Tensor, phi: Tensor | None, alpha: Tensor, bias: Tensor, gamma: Tensor | None,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    mains: tuple[Tensor | None, ...] = _main_gradients((phi, alpha, bias)) if ctx.accumulate else (None, None, None)
+    """phi: None unless gradients are accumulated."""
+    mains: tuple[Tensor | None, ...] = (None, None, None) if phi is None else _main_gradients((phi, alpha, bias))
     settings = ctx.settings
     gradients = boundary_operators.boundary_backward(
         _contiguous(g), _contiguous(du), _contiguous(dpre), _contiguous(dpost), _contiguous(dres),
         x, res, post, y, y_bias, seed, p, out, pre, kept, alpha, bias, *mains,
         settings.iterations, settings.eps_sinkhorn, settings.hc, gamma, ctx.norm.centered,
     )  # fmt: skip
-    if mains[0] is None:
+    if phi is None or mains[0] is None:
         return gradients
     for parameter in (phi, alpha, bias):
         parameter.grad_added_to_main_grad = True  # type: ignore[attr-defined]
