@@ -10,6 +10,8 @@ from torch import Tensor
 
 from mhc_kernels.fused import boundary as boundary_operators
 from mhc_kernels.fused import single
+from mhc_kernels.fused.boundary import forward_call as forward_call
+from mhc_kernels.fused.library import observed
 from mhc_kernels.recompute_block import RecomputePlace
 
 
@@ -74,19 +76,23 @@ class Boundary(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, res: Tensor, post: Tensor, y: Tensor, y_bias: Tensor | None, seed: Tensor | None, p: float,
         phi: Tensor, alpha: Tensor, bias: Tensor, settings: Settings, accumulate: bool, gamma: Tensor | None, norm: Norm,
-        recompute: RecomputePlace | None,
-    ) -> tuple[Tensor, ...]:  # fmt: skip
-        out, u, _, post_out, res_out, kept = boundary_operators.boundary(
-            x, res, post, y, y_bias, seed, p, phi, alpha, bias, True, *settings, gamma, *norm
-        )
+        recompute: RecomputePlace | None, call: boundary_operators.ForwardCall | None,
+    ) -> tuple[Tensor | None, ...]:  # fmt: skip
+        if call is None or observed(x, res, post, y, y_bias, seed, phi, alpha, bias, gamma):
+            call = None
+            out, u, _, post_out, res_out, kept = boundary_operators.boundary(
+                x, res, post, y, y_bias, seed, p, phi, alpha, bias, True, *settings, gamma, *norm
+            )
+        else:
+            out, u, _, post_out, res_out, kept = call.run(x, res, post, y, y_bias, seed, phi, alpha, bias, gamma)
         if recompute is not None and any(ctx.needs_input_grad):  # else there will be no node
             recompute.enter(ctx, x, out)
-        ctx.recompute, ctx.unpacked = recompute, None
+        ctx.recompute, ctx.unpacked, ctx.call = recompute, None, call
         kept_x = x if recompute is None or recompute.is_first else None
         kept_out = out if recompute is None or recompute.is_last else None
         own_phi = phi if accumulate else None  # kept has its values
         ctx.save_for_backward(kept_x, res, post, y, y_bias, seed, kept_out, kept, own_phi, alpha, bias, gamma)
-        ctx.p, ctx.settings, ctx.accumulate, ctx.norm = p, settings, accumulate, norm
+        ctx.p, ctx.settings, ctx.norm = p, settings, norm
         ctx.set_materialize_grads(False)
         return out, u, post_out, res_out
 
@@ -107,7 +113,7 @@ class Boundary(torch.autograd.Function):
         if ctx.recompute is not None:
             ctx.recompute.release()
         norm = (None if gamma is None else dgamma, None)
-        return dx, dres_in, dpost_in, dy, _bias_gradient(dy, y_bias), None, None, *parameters, None, None, *norm, None
+        return dx, dres_in, dpost_in, dy, _bias_gradient(dy, y_bias), None, None, *parameters, None, None, *norm, None, None
 
 
 def _unpacked(context: Any) -> tuple[Any, ...]:
@@ -132,13 +138,18 @@ class Connect(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, settings: Settings, accumulate: bool,
-        gamma: Tensor | None, norm: Norm,
-    ) -> tuple[Tensor, ...]:  # fmt: skip
-        _, u, _, post, res, kept = boundary_operators.boundary(
-            x, None, None, None, None, None, 0.0, phi, alpha, bias, True, *settings, gamma, *norm
-        )
+        gamma: Tensor | None, norm: Norm, call: boundary_operators.ForwardCall | None,
+    ) -> tuple[Tensor | None, ...]:  # fmt: skip
+        if call is None or observed(x, phi, alpha, bias, gamma):
+            call = None
+            _, u, _, post, res, kept = boundary_operators.boundary(
+                x, None, None, None, None, None, 0.0, phi, alpha, bias, True, *settings, gamma, *norm
+            )
+        else:
+            _, u, _, post, res, kept = call.run(x, None, None, None, None, None, phi, alpha, bias, gamma)
+        ctx.call = call
         ctx.save_for_backward(x, kept, phi if accumulate else None, alpha, bias, gamma)
-        ctx.settings, ctx.accumulate, ctx.norm = settings, accumulate, norm
+        ctx.settings, ctx.norm = settings, norm
         ctx.set_materialize_grads(False)
         return x, u, post, res
 
@@ -149,7 +160,7 @@ class Connect(torch.autograd.Function):
         dx, _, _, _, dgamma, *parameters = _boundary_backward(
             ctx, g, du, None, dpost, dres, x, None, None, None, None, None, 0.0, x, None, kept, phi, alpha, bias, gamma
         )
-        return dx, *parameters, None, None, None if gamma is None else dgamma, None
+        return dx, *parameters, None, None, None if gamma is None else dgamma, None, None
 
 
 class Mappings(torch.autograd.Function):
@@ -163,7 +174,7 @@ class Mappings(torch.autograd.Function):
             x, None, None, None, None, None, 0.0, phi, alpha, bias, False, *settings, None, *NO_NORM
         )
         ctx.save_for_backward(x, pre, kept, alpha, bias)
-        ctx.settings, ctx.accumulate, ctx.norm = settings, False, NO_NORM
+        ctx.settings, ctx.norm, ctx.call = settings, NO_NORM, None
         ctx.set_materialize_grads(False)
         return pre, post, res
 
@@ -185,12 +196,17 @@ def _boundary_backward(
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """phi: None unless gradients are accumulated."""
     mains: tuple[Tensor | None, ...] = (None, None, None) if phi is None else _main_gradients((phi, alpha, bias))
-    settings = ctx.settings
-    gradients = boundary_operators.boundary_backward(
-        _contiguous(g), _contiguous(du), _contiguous(dpre), _contiguous(dpost), _contiguous(dres),
-        x, res, post, y, y_bias, seed, p, out, pre, kept, alpha, bias, *mains,
-        settings.iterations, settings.eps_sinkhorn, settings.hc, gamma, ctx.norm.centered,
-    )  # fmt: skip
+    call, given = ctx.call, (_contiguous(g), _contiguous(du), _contiguous(dpre), _contiguous(dpost), _contiguous(dres))
+    if call is None or torch.compiler.is_compiling() or observed(*given):
+        settings = ctx.settings
+        gradients = boundary_operators.boundary_backward(
+            *given, x, res, post, y, y_bias, seed, p, out, pre, kept, alpha, bias, *mains,
+            settings.iterations, settings.eps_sinkhorn, settings.hc, gamma, ctx.norm.centered,
+        )  # fmt: skip
+    else:
+        gradients = call.backward(g is not None, du is not None, mains[0] is not None).run(
+            *given, x, res, post, y, y_bias, seed, out, pre, kept, alpha, bias, gamma, mains
+        )
     if phi is None or mains[0] is None:
         return gradients
     for parameter in (phi, alpha, bias):

@@ -27,8 +27,7 @@ def operator(schema: str, fake: Callable[..., Any]) -> Callable[[Callable[..., A
     Both may return None for some of several results: the operator then has an empty tensor there.
 
     What the decorator returns goes through PyTorch's dispatcher only where something may be listening there: in a
-    compiler, under a dispatch mode (fake tensors), or for tensor subclasses. Else it calls the function, which
-    saves the dispatcher's host time.
+    compiler, and where arguments are `observed`. Else it calls the function, which saves the dispatcher's host time.
     """
     name = schema.split("(")[0]
     _LIBRARY.define(schema)
@@ -43,11 +42,7 @@ def operator(schema: str, fake: Callable[..., Any]) -> Callable[[Callable[..., A
 
         @functools.wraps(function)
         def call(*arguments: Any) -> Any:
-            if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
-                return op(*arguments)
-            if not _PLAIN.issuperset(map(type, arguments)):
-                return op(*arguments)
-            return function(*arguments)
+            return op(*arguments) if torch.compiler.is_compiling() or observed(*arguments) else function(*arguments)
 
         return call
 
@@ -64,6 +59,12 @@ def _without_none(function: Callable[..., Any]) -> Callable[..., Any]:
         return tuple(like.new_empty(0) if result is None else result for result in results)
 
     return complete
+
+
+def observed(*arguments: Any) -> bool:
+    """Whether an operator's call has to go through the dispatcher: under a dispatch mode (fake tensors), for tensor
+    subclasses."""
+    return torch._C._len_torch_dispatch_stack() != 0 or not _PLAIN.issuperset(map(type, arguments))
 
 
 _PLAIN = {Tensor, torch.nn.Parameter, type(None), float, int, bool}  # no tensor subclasses
