@@ -48,7 +48,20 @@ class ForwardCall:
         self._results = _forms(output_shapes(s, shape[:-1], dtype, mixes, aggregates, gamma is not None))
         self._plan = None
         if s.t:
-            options = (mixes, biased, drops, p, aggregates, iterations, eps, eps_sinkhorn, hc, gamma, norm_eps, centered)
+            options = (
+                mixes,
+                biased,
+                drops,
+                p,
+                aggregates,
+                iterations,
+                eps,
+                eps_sinkhorn,
+                hc,
+                gamma,
+                norm_eps,
+                centered,
+            )
             self._plan = forward_plan(s, *options)
             self._scratch = _scratch(self._plan)
         self._options = (mixes, biased, drops), (p, iterations, eps_sinkhorn, hc, gamma, centered, aggregates)
@@ -61,7 +74,9 @@ class ForwardCall:
     ) -> Outputs:  # fmt: skip
         """As `boundary`."""
         new = allocator(x)
-        out, u, pre, post_out, res_out, kept = results = [None if form is None else new(*form) for form in self._results]
+        out, u, pre, post_out, res_out, kept = results = [
+            None if form is None else new(*form) for form in self._results
+        ]
         if self._plan is not None:
             self._plan.run(
                 x, x if res is None else res, x if post is None else post, x if y is None else y,
@@ -94,7 +109,21 @@ class BackwardCall:
         self._results = _forms(gradient_shapes(s, shape[:-1], dtype, mixes, gamma, accumulates))
         self._plan = None
         if s.t:
-            options = (g, aggregates, mixes, biased, drops, accumulates, p, iterations, eps_sinkhorn, hc, gamma, centered, keeps_pre)
+            options = (
+                g,
+                aggregates,
+                mixes,
+                biased,
+                drops,
+                accumulates,
+                p,
+                iterations,
+                eps_sinkhorn,
+                hc,
+                gamma,
+                centered,
+                keeps_pre,
+            )
             self._plan = backward_plan(s, *options)
             self._scratch = _scratch(self._plan)
         self._n, self._wide, self._accumulates = n, s.wide, accumulates

@@ -59,7 +59,8 @@ def _driver() -> Any:
     try:
         # Not PyDLL: a launch waits where the queue is full, and other threads must run meanwhile.
         driver = ctypes.CDLL("libcuda.so.1")
-        driver.cuLaunchKernelEx.argtypes = (ctypes.c_void_p,) * 4
+        # No argtypes: its arguments are ctypes objects made once, which pass quicker unconverted.
+        driver.cuLaunchKernelEx.restype = ctypes.c_int
         driver.cuCtxSetCurrent.argtypes = (ctypes.c_void_p,)
     except (OSError, AttributeError) as error:
         raise UnsupportedError(f"no CUDA driver with cuLaunchKernelEx ({error})") from error
@@ -119,8 +120,9 @@ class DirectLaunches:
         _driver().cuCtxGetCurrent(ctypes.byref(self._context))
         self._stream = 0
         self._configs: list[_Config] = []
-        self._calls: list[tuple[int, int, int]] = []
-        self._kept: list[Any] = []  # alive as long as the addresses in _calls
+        self._calls: list[tuple[Any, ...]] = []
+        self._kernels: list[Any] = []
+        self._scalars: list[Any] = []  # alive as long as the addresses in _calls
         for launch in launches:
             try:
                 self._add(launch)
@@ -134,7 +136,9 @@ class DirectLaunches:
             raise UnsupportedError("it has clusters")
         config = _Config(launch.grid, (32 * warps, 1, 1), shared_bytes)
         base = ctypes.addressof(self._addresses)
-        scalars = (ctypes.c_uint64 * (len(arguments) + _SCRATCH_POINTERS))()  # those of addresses stay unused; scratch: null
+        scalars = (
+            ctypes.c_uint64 * (len(arguments) + _SCRATCH_POINTERS)
+        )()  # those of addresses stay unused; scratch: null
         parameters = (ctypes.c_void_p * len(scalars))()
         for index in range(len(scalars)):
             cell = ctypes.addressof(scalars) + 8 * index
@@ -146,8 +150,10 @@ class DirectLaunches:
                 ctypes.memmove(cell, value, len(value))
             parameters[index] = cell
         self._configs.append(config)
-        self._kept.append((scalars, parameters, launch.compiled))
-        self._calls.append((ctypes.addressof(config), launch.compiled.function, ctypes.addressof(parameters)))
+        self._kernels.append(launch.compiled)
+        self._scalars.append(scalars)
+        function = ctypes.c_void_p(launch.compiled.function)
+        self._calls.append((ctypes.byref(config), function, ctypes.byref(parameters), None))
 
     def run(self, addresses: list[int], stream: int) -> None:
         """Launch all kernels on a stream of the device."""
@@ -159,19 +165,19 @@ class DirectLaunches:
                     config.stream = stream
                 self._stream = stream
             for call in self._calls:
-                if (error := launch(*call, None)) != 0:
+                if (error := launch(*call)) != 0:
                     self._after(error, call)
 
-    def _after(self, error: int, call: tuple[int, int, int]) -> None:
+    def _after(self, error: int, call: tuple[Any, ...]) -> None:
         """A launch that failed: again, if only this thread had no CUDA context yet.
 
         Raises:
             RuntimeError: naming the kernel and CUDA's error.
         """
         if error == _INVALID_CONTEXT and not _driver().cuCtxSetCurrent(self._context):
-            error = self._launch(*call, None)
+            error = self._launch(*call)
         if error:
-            compiled = self._kept[self._calls.index(call)][-1]
+            compiled = self._kernels[self._calls.index(call)]
             text = ctypes.c_char_p()
             _driver().cuGetErrorString(error, ctypes.byref(text))
             why = (text.value or b"unknown").decode()

@@ -113,7 +113,21 @@ class Boundary(torch.autograd.Function):
         if ctx.recompute is not None:
             ctx.recompute.release()
         norm = (None if gamma is None else dgamma, None)
-        return dx, dres_in, dpost_in, dy, _bias_gradient(dy, y_bias), None, None, *parameters, None, None, *norm, None, None
+        return (
+            dx,
+            dres_in,
+            dpost_in,
+            dy,
+            _bias_gradient(dy, y_bias),
+            None,
+            None,
+            *parameters,
+            None,
+            None,
+            *norm,
+            None,
+            None,
+        )
 
 
 def _unpacked(context: Any) -> tuple[Any, ...]:

@@ -25,6 +25,7 @@ from mhc_kernels.fused.direct import DirectLaunches, Launch, UnsupportedError
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 _DIRECT = triton.__version__.split(".")[:2] == ["3", "6"] and torch.version.hip is None and not INTERPRET
+_address = Tensor.data_ptr
 _ALIGNMENT = 16  # bytes; what Triton specialises pointers on
 
 
@@ -110,7 +111,7 @@ class Plan:
     def run(self, *tensors: Tensor) -> None:
         """Launch on the current stream of the first tensor's device."""
         device = tensors[0].get_device()
-        addresses = [tensor.data_ptr() for tensor in tensors]
+        addresses = list(map(_address, tensors))
         bits = 0
         for address in addresses[: self._checked]:
             bits |= address
@@ -124,8 +125,7 @@ class Plan:
         ):
             self._by_triton(device, tensors, aligned)
             return
-        for index, offset in self._offsets:
-            addresses.append(addresses[index] + offset)
+        addresses += [addresses[index] + offset for index, offset in self._offsets]
         direct.run(addresses, torch._C._cuda_getCurrentRawStream(device))
 
     def _by_triton(self, device: int, tensors: Sequence[Tensor], aligned: bool) -> None:
