@@ -119,10 +119,11 @@ def _checked(
     if torch.compiler.is_compiling():
         return _Checked(settings, casts, (kernels_norm, later), None)
     shape = x.shape if flat else torch.Size((*x.shape[:-2], x.shape[-2] * x.shape[-1]))
+    gamma = norm.weight.dtype if norm is not None and fuses else None
+    mixing = (mixes, biased, dropout_p > 0, float(dropout_p))
     call = functions.forward_call(
-        shape, n, x.dtype, x.get_device(), mixes, biased, dropout_p > 0, float(dropout_p), True, *settings,
-        norm.weight.dtype if norm is not None and fuses else None, *kernels_norm,
-    )  # fmt: skip
+        shape, n, x.dtype, x.get_device(), functions.ForwardOptions(*mixing, True, *settings, gamma, *kernels_norm)
+    )
     if len(_CHECKED) >= 4096:  # sequences of many lengths
         _CHECKED.clear()
     checked = _CHECKED[key] = _Checked(settings, casts, (kernels_norm, later), call)
@@ -260,7 +261,8 @@ def connect(
         phi, alpha, bias = phi.float(), alpha.float(), bias.float()
     kernels_norm, later = checked.norm
     out, u, post, res = _functions().apply_connect(
-        x if flat else x.flatten(-2), phi, alpha, bias, checked.settings, accumulate, _weight(norm, later), kernels_norm, checked.call
+        x if flat else x.flatten(-2), phi, alpha, bias, checked.settings, accumulate, _weight(norm, later), kernels_norm,
+        checked.call,
     )  # fmt: skip
     return _same_form(out, x), u if norm is None or not later else norm(u), post, res
 

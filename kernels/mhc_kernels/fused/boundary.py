@@ -15,7 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mhc_kernels.fused.boundary_plans import Shape, backward_plan, forward_plan, gradient_shapes, output_shapes
+from mhc_kernels.fused.boundary_plans import (
+    BackwardOptions,
+    ForwardOptions,
+    Shape,
+    backward_plan,
+    forward_plan,
+    gradient_shapes,
+    output_shapes,
+)
 from mhc_kernels.fused.launch import Plan
 from mhc_kernels.fused.library import operator, sizes, sizes_of
 from mhc_kernels.fused.memory import Form, allocator, form
@@ -37,35 +45,17 @@ def _scratch(plan: Plan) -> Form:
 
 
 class ForwardCall:
-    """`boundary` for one set of sizes and options (those of `forward_plan`): the streams' shape, n, dtype, device's index, ..."""
+    """`boundary` for streams of one shape, n, dtype and device (index), with the same options."""
 
-    def __init__(
-        self, shape: tuple[int, ...], n: int, dtype: torch.dtype, device: int, mixes: bool, biased: bool, drops: bool, p: float,
-        aggregates: bool, iterations: int, eps: float, eps_sinkhorn: float, hc: bool, gamma: torch.dtype | None, norm_eps: float,
-        centered: bool,
-    ):  # fmt: skip
+    def __init__(self, shape: tuple[int, ...], n: int, dtype: torch.dtype, device: int, options: ForwardOptions):
         s = sizes_of(shape, n, dtype, device)
-        self._results = _forms(output_shapes(s, shape[:-1], dtype, mixes, aggregates, gamma is not None))
+        shapes = output_shapes(s, shape[:-1], dtype, options.mixes, options.aggregates, options.gamma is not None)
+        self._results = _forms(shapes)
         self._plan = None
         if s.t:
-            options = (
-                mixes,
-                biased,
-                drops,
-                p,
-                aggregates,
-                iterations,
-                eps,
-                eps_sinkhorn,
-                hc,
-                gamma,
-                norm_eps,
-                centered,
-            )
-            self._plan = forward_plan(s, *options)
+            self._plan = forward_plan(s, options)
             self._scratch = _scratch(self._plan)
-        self._options = (mixes, biased, drops), (p, iterations, eps_sinkhorn, hc, gamma, centered, aggregates)
-        self._of_streams = (shape, n, dtype, device)
+        self._streams, self._options = (shape, n, dtype, device), options
         self._backward: dict[tuple[bool, bool, bool], BackwardCall] = {}
 
     def run(
@@ -74,9 +64,8 @@ class ForwardCall:
     ) -> Outputs:  # fmt: skip
         """As `boundary`."""
         new = allocator(x)
-        out, u, pre, post_out, res_out, kept = results = [
-            None if form is None else new(*form) for form in self._results
-        ]
+        results: list[Any] = [None if form is None else new(*form) for form in self._results]
+        out, u, pre, post_out, res_out, kept = results
         if self._plan is not None:
             self._plan.run(
                 x, x if res is None else res, x if post is None else post, x if y is None else y,
@@ -87,46 +76,25 @@ class ForwardCall:
         return results  # type: ignore[return-value]
 
     def backward(self, g: bool, du: bool, accumulates: bool) -> BackwardCall:
-        """Its backward, given whether out and u have gradients and whether there are gradients to add to."""
+        """Its backward, given whether out and u have gradients and whether there are gradients of the parameters to add to."""
         key = (g, du, accumulates)
         call = self._backward.get(key)
         if call is None:
-            call = self._backward[key] = backward_call(
-                *self._of_streams, g, du, *self._options[0], accumulates, *self._options[1]
-            )
+            call = self._backward[key] = backward_call(*self._streams, self._options.backward(*key))
         return call
 
 
 class BackwardCall:
-    """`boundary_backward` for one set of sizes and options (those of `backward_plan`)."""
+    """`boundary_backward` for streams of one shape, n, dtype and device (index), with the same options."""
 
-    def __init__(
-        self, shape: tuple[int, ...], n: int, dtype: torch.dtype, device: int, g: bool, aggregates: bool, mixes: bool, biased: bool,
-        drops: bool, accumulates: bool, p: float, iterations: int, eps_sinkhorn: float, hc: bool, gamma: torch.dtype | None,
-        centered: bool, keeps_pre: bool,
-    ):  # fmt: skip
+    def __init__(self, shape: tuple[int, ...], n: int, dtype: torch.dtype, device: int, options: BackwardOptions):
         s = sizes_of(shape, n, dtype, device)
-        self._results = _forms(gradient_shapes(s, shape[:-1], dtype, mixes, gamma, accumulates))
+        self._results = _forms(gradient_shapes(s, shape[:-1], dtype, options.mixes, options.gamma, options.accumulates))
         self._plan = None
         if s.t:
-            options = (
-                g,
-                aggregates,
-                mixes,
-                biased,
-                drops,
-                accumulates,
-                p,
-                iterations,
-                eps_sinkhorn,
-                hc,
-                gamma,
-                centered,
-                keeps_pre,
-            )
-            self._plan = backward_plan(s, *options)
+            self._plan = backward_plan(s, options)
             self._scratch = _scratch(self._plan)
-        self._n, self._wide, self._accumulates = n, s.wide, accumulates
+        self._n, self._wide, self._accumulates = n, s.wide, options.accumulates
 
     def run(
         self, g: Tensor | None, du: Tensor | None, dpre: Tensor | None, dpost_out: Tensor | None, dres_out: Tensor | None,
@@ -199,13 +167,14 @@ def boundary(
         gamma ``[C]``, norm_eps, centered: RMSNorm of u, as in `mhc_kernels.RMSNorm`; None for none. n <= 4.
 
     Returns:
-        out ``[..., n*C]`` (None without y), u ``[..., C]`` (None unless aggregates), pre (None if aggregates: it is in kept), post,
-        res of the next sublayer, float32; kept, float32, what the backward needs besides (`_kept`).
+        out ``[..., n*C]`` (None without y), u ``[..., C]`` (None unless aggregates), pre (None if aggregates: it is in kept),
+        post, res of the next sublayer, float32; kept, float32, what the backward needs besides (`boundary_plans`).
     """
-    call = forward_call(
-        x.shape, streams_of(bias), x.dtype, x.get_device(), y is not None, y_bias is not None, seed is not None, p, aggregates,
-        iterations, eps, eps_sinkhorn, hc, None if gamma is None else gamma.dtype, norm_eps, centered,
+    options = ForwardOptions(
+        y is not None, y_bias is not None, seed is not None, p, aggregates, iterations, eps, eps_sinkhorn, hc,
+        None if gamma is None else gamma.dtype, norm_eps, centered,
     )  # fmt: skip
+    call = forward_call(x.shape, streams_of(bias), x.dtype, x.get_device(), options)
     return call.run(x, res, post, y, y_bias, seed, phi, alpha, bias, gamma)
 
 
@@ -249,11 +218,11 @@ def boundary_backward(
     Returns:
         Gradients of x, y, res, post, gamma, phi, alpha, bias; None where there is nothing to return.
     """
-    call = backward_call(
-        x.shape, streams_of(bias), x.dtype, x.get_device(), g is not None, du is not None, y is not None, y_bias is not None,
-        seed is not None, main_phi is not None, p, iterations, eps_sinkhorn, hc, None if gamma is None else gamma.dtype, centered,
-        pre is None,
+    options = BackwardOptions(
+        g is not None, du is not None, main_phi is not None, y is not None, y_bias is not None, seed is not None, p,
+        iterations, eps_sinkhorn, hc, None if gamma is None else gamma.dtype, centered, pre is None,
     )  # fmt: skip
+    call = backward_call(x.shape, streams_of(bias), x.dtype, x.get_device(), options)
     return call.run(
         g, du, dpre, dpost_out, dres_out, x, res, post, y, y_bias, seed, out, pre, kept, alpha, bias, gamma,
         (main_phi, main_alpha, main_bias),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 
 from mhc_kernels.fused import configs, forward, mapping_backward, pack, phi_backward
@@ -10,6 +12,47 @@ from mhc_kernels.fused.library import Sizes, cdiv
 from mhc_kernels.fused.single import mix_project_step, plans, stream_backward_step
 
 Shape = tuple[tuple[int, ...], torch.dtype]
+
+
+class ForwardOptions(NamedTuple):
+    """Of `boundary`. mixes, biased, drops: whether y, y_bias, seed are given; gamma: the norm's dtype; the others as there."""
+
+    mixes: bool
+    biased: bool
+    drops: bool
+    p: float
+    aggregates: bool
+    iterations: int
+    eps: float
+    eps_sinkhorn: float
+    hc: bool
+    gamma: torch.dtype | None
+    norm_eps: float
+    centered: bool
+
+    def backward(self, g: bool, du: bool, accumulates: bool) -> BackwardOptions:
+        """Given whether out and u have gradients, and whether there are gradients of the parameters to add to."""
+        mixed = (self.mixes, self.biased, self.drops, self.p)
+        mapped = (self.iterations, self.eps_sinkhorn, self.hc)
+        return BackwardOptions(g, du, accumulates, *mixed, *mapped, self.gamma, self.centered, self.aggregates)
+
+
+class BackwardOptions(NamedTuple):
+    """Of `boundary_backward`. keeps_pre: whether the weights pre are in kept."""
+
+    g: bool
+    aggregates: bool
+    accumulates: bool
+    mixes: bool
+    biased: bool
+    drops: bool
+    p: float
+    iterations: int
+    eps_sinkhorn: float
+    hc: bool
+    gamma: torch.dtype | None
+    centered: bool
+    keeps_pre: bool
 
 
 def _kept(s: Sizes, aggregates: bool, normalises: bool) -> dict[str, Part]:
@@ -47,10 +90,9 @@ _FORWARD = (
 
 
 @plans
-def forward_plan(
-    s: Sizes, mixes: bool, biased: bool, drops: bool, p: float, aggregates: bool, iterations: int, eps: float,
-    eps_sinkhorn: float, hc: bool, gamma: torch.dtype | None, norm_eps: float, centered: bool,
-) -> Plan:  # fmt: skip
+def forward_plan(s: Sizes, options: ForwardOptions) -> Plan:
+    """Takes the tensors of `_FORWARD`."""
+    mixes, biased, drops, p, aggregates, iterations, eps, eps_sinkhorn, hc, gamma, norm_eps, centered = options
     # gamma's is the one dtype that does not follow from the streams': the kernels of a plan are compiled for it.
     normalises = gamma is not None
     n, padded, c = s.packed
@@ -135,10 +177,11 @@ _BACKWARD = (
 
 
 @plans
-def backward_plan(
-    s: Sizes, g: bool, aggregates: bool, mixes: bool, biased: bool, drops: bool, accumulates: bool, p: float,
-    iterations: int, eps_sinkhorn: float, hc: bool, gamma: torch.dtype | None, centered: bool, keeps_pre: bool,
-) -> Plan:  # fmt: skip
+def backward_plan(s: Sizes, options: BackwardOptions) -> Plan:
+    """Takes the tensors of `_BACKWARD`."""
+    g, aggregates, accumulates, mixes, biased, drops, p, iterations, eps_sinkhorn, hc, gamma, centered, keeps_pre = (
+        options
+    )
     normalises = gamma is not None
     config = configs.mapping_backward(s, normalises)
     block = configs.token_block_backward(s.n, config.warps)

@@ -159,7 +159,7 @@ class DirectLaunches:
         """Launch all kernels on a stream of the device."""
         launch = self._launch
         with self._lock:  # until the driver has copied the arguments
-            self._addresses[:] = addresses
+            self._addresses[:] = addresses  # type: ignore[assignment]
             if stream != self._stream:
                 for config in self._configs:
                     config.stream = stream

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mhc_kernels.fused import boundary as boundary_operators
 from mhc_kernels.fused import single
+from mhc_kernels.fused.boundary import ForwardOptions as ForwardOptions
 from mhc_kernels.fused.boundary import forward_call as forward_call
 from mhc_kernels.fused.library import observed
 from mhc_kernels.recompute_block import RecomputePlace

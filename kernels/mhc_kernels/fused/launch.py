@@ -1,9 +1,9 @@
 """Launching kernels with little host time.
 
 A `Plan` has the launches of one operator for given sizes and options. Its first run goes through Triton, which inspects every
-argument, compiles what is missing and returns the compiled kernels; later runs hand the CUDA driver the arrays' addresses and nothing
-else (`direct`). That relies on what Triton 3.6 has inside a compiled kernel; with any other release, and on AMD GPUs, every run goes
-through Triton.
+argument, compiles what is missing and returns the compiled kernels; later runs hand the CUDA driver the arrays' addresses and
+nothing else (`direct`). That relies on what Triton 3.6 has inside a compiled kernel; with any other release, and on AMD GPUs,
+every run goes through Triton.
 """
 
 from __future__ import annotations
@@ -91,8 +91,8 @@ class Plan:
         tensors: names of what `run` gets.
         steps: the launches.
         parts: arrays inside those tensors.
-        unchecked: of the last so many tensors the alignment is not looked at: they were just allocated, or the kernels take them at
-            any address (``do_not_specialize_on_alignment``; Megatron's gradient buffers have no gaps).
+        unchecked: of the last so many tensors the alignment is not looked at: they were just allocated, or the kernels take them
+            at any address (``do_not_specialize_on_alignment``; Megatron's gradient buffers have no gaps).
     """
 
     def __init__(

@@ -143,7 +143,7 @@ def main(folder: Path) -> None:
     import torch
 
     from mhc_kernels.fused import direct, launch
-    from mhc_kernels.fused.boundary import forward_call
+    from mhc_kernels.fused.boundary import ForwardOptions, forward_call
 
     t, n, c = 24, 3, 32
     rows = n * n + 2 * n
@@ -156,7 +156,7 @@ def main(folder: Path) -> None:
 
     def call(tokens: int) -> Any:
         mixes, settings, norm = (True, True, True, 0.25), (True, 2, 1e-6, 0.0, False), (torch.float32, 1e-5, False)
-        return forward_call((tokens, n * c), n, bf16, -1, *mixes, *settings, *norm)
+        return forward_call((tokens, n * c), n, bf16, -1, ForwardOptions(*mixes, *settings, *norm))
 
     runs: list[tuple[Any, tuple]] = []
     real = launch.Plan.run
