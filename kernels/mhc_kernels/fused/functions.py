@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mhc_kernels.fused import boundary as boundary_operators
-from mhc_kernels.fused import single
+from mhc_kernels.fused import memory, single
 from mhc_kernels.fused.boundary import ForwardOptions as ForwardOptions
 from mhc_kernels.fused.boundary import forward_call as forward_call
 from mhc_kernels.fused.library import observed
@@ -70,7 +70,8 @@ class Boundary(torch.autograd.Function):
     """``(x, res, post, y, y_bias, ...) -> (x', u, post', res')``: see `mhc_kernels.boundary`.
 
     accumulate: add the gradients of phi, alpha and bias to their ``main_grad``, as Megatron's gradient accumulation
-    fusion does in linear layers, and say so (``grad_added_to_main_grad``).
+    fusion does in linear layers, and say so (``grad_added_to_main_grad``). call: what runs it past the dispatcher where
+    nothing is listening there; None in a compiler.
     """
 
     @staticmethod
@@ -114,21 +115,8 @@ class Boundary(torch.autograd.Function):
         if ctx.recompute is not None:
             ctx.recompute.release()
         norm = (None if gamma is None else dgamma, None)
-        return (
-            dx,
-            dres_in,
-            dpost_in,
-            dy,
-            _bias_gradient(dy, y_bias),
-            None,
-            None,
-            *parameters,
-            None,
-            None,
-            *norm,
-            None,
-            None,
-        )
+        of_inputs = (dx, dres_in, dpost_in, dy, _bias_gradient(dy, y_bias))
+        return *of_inputs, None, None, *parameters, None, None, *norm, None, None
 
 
 def _unpacked(context: Any) -> tuple[Any, ...]:
@@ -214,11 +202,13 @@ def _boundary_backward(
     call, given = ctx.call, (_contiguous(g), _contiguous(du), _contiguous(dpre), _contiguous(dpost), _contiguous(dres))
     if call is None or torch.compiler.is_compiling() or observed(*given):
         settings = ctx.settings
+        empty_like: Callable[..., Tensor] = torch.empty_like
         gradients = boundary_operators.boundary_backward(
             *given, x, res, post, y, y_bias, seed, p, out, pre, kept, alpha, bias, *mains,
             settings.iterations, settings.eps_sinkhorn, settings.hc, gamma, ctx.norm.centered,
         )  # fmt: skip
     else:
+        empty_like = memory.empty_like
         gradients = call.backward(g is not None, du is not None, mains[0] is not None).run(
             *given, x, res, post, y, y_bias, seed, out, pre, kept, alpha, bias, gamma, mains
         )
@@ -227,7 +217,7 @@ def _boundary_backward(
     for parameter in (phi, alpha, bias):
         parameter.grad_added_to_main_grad = True  # type: ignore[attr-defined]
     # A gradient must arrive for Megatron's hook to run; it looks at the mark and drops this one.
-    return (*gradients[:5], *(torch.empty_like(parameter) for parameter in (phi, alpha, bias)))
+    return (*gradients[:5], *(empty_like(parameter) for parameter in (phi, alpha, bias)))
 
 
 class Mix(torch.autograd.Function):

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-_quick = getattr(getattr(torch._C._dynamo, "guards", None), "_empty_strided_cuda", None)
+_quick = getattr(getattr(getattr(torch._C, "_dynamo", None), "guards", None), "_empty_strided_cuda", None)
 """What inductor's generated code calls: on the current device, past the dispatcher. A private name of PyTorch; where it is
 missing, the public one is called."""
 
@@ -46,6 +46,11 @@ def allocator(like: Tensor) -> Callable[[tuple[int, ...], tuple[int, ...], torch
     ):
         return _quick
     return functools.partial(_public, like.device)
+
+
+def empty_like(tensor: Tensor) -> Tensor:
+    """``torch.empty_like`` of a contiguous tensor, where an `allocator` may be called."""
+    return allocator(tensor)(tensor.shape, tensor.stride(), tensor.dtype)
 
 
 def _public(
