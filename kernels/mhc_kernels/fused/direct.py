@@ -25,7 +25,6 @@ _FORMATS = {
 
 _PTX_PARAMETER = re.compile(r"\.param\s+\.[a-z](\d+)\s")
 _SCRATCH_POINTERS = 2
-_INVALID_CONTEXT = 201  # CUDA_ERROR_INVALID_CONTEXT
 
 
 class UnsupportedError(Exception):
@@ -174,7 +173,9 @@ class DirectLaunches:
         Raises:
             RuntimeError: naming the kernel and CUDA's error.
         """
-        if error == _INVALID_CONTEXT and not _driver().cuCtxSetCurrent(self._context):
+        current = ctypes.c_void_p()
+        _driver().cuCtxGetCurrent(ctypes.byref(current))
+        if not current.value and not _driver().cuCtxSetCurrent(self._context):
             error = self._launch(*call)
         if error:
             compiled = self._kernels[self._calls.index(call)]

@@ -22,10 +22,10 @@ SOURCE = """
 #include <string.h>
 typedef struct { unsigned grid[3], block[3], shared; void *stream, *attributes; unsigned attribute_count; } Config;
 typedef struct { uint64_t function, stream; unsigned grid[3], block[3], shared, attributes, count; uint64_t values[48]; } Record;
-unsigned launches = 0, counts[64], sizes[64][48], failures = 0;
+unsigned launches = 0, counts[64], sizes[64][48], no_context = 0;
 Record records[64];
 int cuLaunchKernelEx(const Config *c, void *function, void **parameters, void **extra) {
-  if (failures) { failures--; return 201; }
+  if (no_context) return 201;
   Record *r = &records[launches++];
   memset(r, 0, sizeof *r);
   r->function = (uint64_t)function; r->stream = (uint64_t)c->stream;
@@ -35,8 +35,8 @@ int cuLaunchKernelEx(const Config *c, void *function, void **parameters, void **
   return 0;
 }
 int cuPointerGetAttribute(uint64_t *out, int attribute, uint64_t pointer) { *out = pointer; return 0; }
-int cuCtxGetCurrent(void **context) { *context = (void *)1; return 0; }
-int cuCtxSetCurrent(void *context) { return context == (void *)1 ? 0 : 201; }
+int cuCtxGetCurrent(void **context) { *context = no_context ? 0 : (void *)1; return 0; }
+int cuCtxSetCurrent(void *context) { no_context = context != (void *)1; return no_context ? 201 : 0; }
 int cuDeviceGet(int *device, int ordinal) { *device = 0; return 0; }
 int cuDevicePrimaryCtxRetain(void **context, int device) { *context = (void *)1; return 0; }
 int cuGetErrorString(int error, const char **text) { *text = "recorded"; return 0; }
@@ -177,7 +177,7 @@ def main(folder: Path) -> None:
     for plan, tensors in runs:
         plan.run(*tensors)
     by_addresses = records(driver)
-    ctypes.c_uint.in_dll(driver, "failures").value = 1  # this thread has no context yet
+    ctypes.c_uint.in_dll(driver, "no_context").value = 1  # this thread has no context yet
     runs[0][0].run(*runs[0][1])
     again = records(driver)
 
