@@ -50,7 +50,7 @@ def allocator(like: Tensor) -> Callable[[tuple[int, ...], tuple[int, ...], torch
 
 def empty_like(tensor: Tensor) -> Tensor:
     """``torch.empty_like`` of a contiguous tensor, where an `allocator` may be called."""
-    return allocator(tensor)(tensor.shape, tensor.stride(), tensor.dtype)
+    return allocator(tensor)(tuple(tensor.shape), tensor.stride(), tensor.dtype)  # no torch.Size: _quick checks
 
 
 def _public(
