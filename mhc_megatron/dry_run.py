@@ -18,6 +18,20 @@ from unittest import mock
 # What the checks are told where the machine has none.
 COMPUTE_CAPABILITY = (9, 0)
 TRANSFORMER_ENGINE = "2.9.0"
+# Fused operations of Transformer Engine that a TransformerConfig looks for by name; None where it is not installed.
+_FUSED = {
+    "megatron.core.transformer.moe.moe_utils": (
+        "fused_permute",
+        "fused_permute_with_probs",
+        "fused_sort_chunks_by_index",
+        "fused_sort_chunks_by_index_with_probs",
+        "fused_unpermute",
+    ),
+    "megatron.core.models.common.embeddings.rope_utils": (
+        "fused_apply_rotary_pos_emb",
+        "fused_apply_rotary_pos_emb_thd",
+    ),
+}
 
 
 class LaunchError(ValueError):
@@ -74,6 +88,9 @@ def _pretended_machine(arguments: Sequence[str], world_size: int) -> Iterator[No
             stack.enter_context(mock.patch.object(torch.cuda, "get_device_capability", lambda *a: COMPUTE_CAPABILITY))
         if version == utils.PkgVersion("0.0.0"):
             stack.enter_context(mock.patch.object(utils, "_te_version", utils.PkgVersion(TRANSFORMER_ENGINE)))
+            for module, names in _FUSED.items():
+                for name in names:
+                    stack.enter_context(mock.patch(f"{module}.{name}"))
         stack.enter_context(contextlib.redirect_stdout(sys.stderr))  # what validate_args tells about its choices
         yield
 
