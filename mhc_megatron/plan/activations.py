@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from mhc_megatron.plan.operations import Operation, chunk_operations, recompute_modules, stream_bytes
+from mhc_megatron.plan.operations import BOUNDARY, Operation, chunk_operations, recompute_modules, stream_bytes
 from mhc_megatron.plan.run import Chunk, Run
 
 
@@ -59,7 +59,9 @@ def _segments(run: Run, chunk: Chunk, layers: list[list[Operation]]) -> list[_Se
         if segments and own == group:
             segments[-1].operations.append(operation)
         else:
-            segments.append(_Segment([operation], None if own is None else operation.source))
+            # What MoE and shared experts read is the norm's output, and counted there.
+            source = 0 if own in ("moe", "shared_experts") else operation.source
+            segments.append(_Segment([operation], None if own is None else source))
         group = own
     return segments
 
@@ -101,11 +103,12 @@ def _backward(segments: list[_Segment], kept: float, run: Run) -> float:
             live += segment.saved
         for operation in reversed(segment.operations):
             streams, place, length = operation.streams or (0, 0, 0)
-            if place and place == length - 1:  # a block's last boundary brings all of its streams back
+            ends = operation.name == BOUNDARY
+            if place and place == length - 1 and not ends:  # the block's last sublayer brings all of its streams back
                 live += place * streams
             needed = operation.carried + operation.source + operation.output + operation.backward
             peak = max(peak, live + gradients + needed + (0 if fused else operation.weight))
-            live -= operation.saved + (streams if place else 0)
+            live -= operation.saved + (streams if place and ends else 0)
             if run.gradients == "plain":
                 gradients += operation.weight
         live -= segment.source or 0

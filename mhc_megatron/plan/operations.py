@@ -13,6 +13,7 @@ from typing import Any
 from mhc_megatron.plan.parameters import grouped_weights
 from mhc_megatron.plan.run import Chunk, Run
 
+BOUNDARY = "mhc boundary"
 FUSED_NORM_STREAMS = 4  # mhc_kernels.norm has it, with Triton: with more streams the kernels leave the norm alone
 
 
@@ -23,7 +24,8 @@ class Operation:
     saved: kept for the backward. source, output: what it reads and writes; in the backward, the gradients of these. forward,
     backward: further memory while it runs. weight: the gradient of its parameters before it reaches Megatron's buffers. carried:
     the gradient of the residual stream, alive all the while. modules: names of ``--recompute-modules`` that it belongs to,
-    the narrowest first. streams: of a boundary that ``--mhc-recompute`` may bring back (bytes, place in the block, the block's length).
+    the narrowest first. streams: of a sublayer (bytes, place in its block of ``--mhc-recompute``, the block's length), at its boundary,
+    and at the mix where its backward begins.
     """
 
     name: str
@@ -84,8 +86,8 @@ def _sublayer(run: Run, inner: list[Operation], own_norm: bool) -> list[Operatio
     first, last, norm_input = [], [Operation("add", mask)], hidden
     if run.mhc is not None:
         saved = streams + _mappings(run)
-        first = [Operation("mhc boundary", saved, streams, hidden, streams=(streams, 0, 1))]
-        last = [Operation("mhc mix", hidden, hidden, streams)]  # dropout needs its seed only
+        first = [Operation(BOUNDARY, saved, streams, hidden, streams=(streams, 0, 1))]
+        last = [Operation("mhc mix", hidden, hidden, streams, streams=(streams, 0, 1))]  # dropout: its seed only
         if own_norm and config.normalization == "RMSNorm" and run.streams <= FUSED_NORM_STREAMS:
             norm_input = 0  # the kernels compute it again from the streams
     modules = ("layernorm",) if own_norm else inner[0].modules
@@ -175,9 +177,10 @@ def _activation(run: Run, rows: float, width: float, weighted: bool) -> tuple[fl
         return source, output, stored - source, 0
     saved = 2 * output if config.gated_linear_unit else 0  # act(gate), and linear + offset
     if not weighted:
-        return source, output, saved, output
-    wide = 4 / run.value if config.moe_router_dtype == "fp32" else 1  # the product is in the wider type
-    return source, output, saved + output, 3 * wide * output - output
+        return source, output, saved, 0
+    # The product's backward has three tensors of the wider type, before the activation's has begun.
+    wide = 4 / run.value if config.moe_router_dtype == "fp32" else 1
+    return source, output, saved + output, max(0, 3 * wide * output - source - output)
 
 
 def _mlp(run: Run, width: int, modules: tuple[str, ...]) -> list[Operation]:
@@ -209,12 +212,13 @@ def _moe(run: Run) -> list[Operation]:
     return [
         *shared,
         Operation("router", _router(run), hidden, modules=moe),
-        # Tokens are permuted, exchanged and sorted by expert: two copies at a time.
+        # Tokens are permuted, exchanged and sorted by expert: two copies at a time. What came before the sorting stays until the layer
+        # is done (MoELayer.forward has it in a variable); combining needs two more, what the experts gave and that unsorted.
         Operation("dispatch", 0, hidden, dispatched, forward=dispatched, modules=moe),
         Operation("experts fc1", dispatched, dispatched, source, weight=first, modules=moe),
         Operation("experts activation", source + saved + output, source, output, 0, backward, modules=("moe_act", *moe)),
         Operation("experts fc2", 0, output, dispatched, weight=second, modules=moe),
-        Operation("combine", 0, dispatched, hidden, forward=dispatched, backward=dispatched, modules=moe),
+        Operation("combine", 0, dispatched, hidden, forward=3 * dispatched, backward=dispatched, modules=moe),
     ]
 
 
@@ -249,18 +253,21 @@ def _loss(run: Run) -> list[Operation]:
 
 def _recompute_streams(run: Run, layers: list[list[Operation]], block_length: int) -> list[list[Operation]]:
     streams = stream_bytes(run)
-    boundaries = sum(operation.streams is not None for layer in layers for operation in layer)
-    number = 0
+    sublayers = 2 * len(layers)
     result: list[list[Operation]] = []
+    number = 0
     for layer in layers:
         changed = []
         for operation in layer:
             if operation.streams is not None:
                 place = number % block_length
-                length = min(block_length, boundaries - number + place)
-                saved = operation.saved - (streams if place else 0)
-                operation = replace(operation, saved=saved, streams=(streams, place, length))
-                number += 1
+                marked = (streams, place, min(block_length, sublayers - number + place))
+                if operation.name == BOUNDARY:
+                    kept = operation.saved - (streams if place else 0)
+                    operation = replace(operation, saved=kept, streams=marked)
+                else:
+                    operation = replace(operation, streams=marked)
+                    number += 1
             changed.append(operation)
         result.append(changed)
     return result
