@@ -84,11 +84,13 @@ def _flat(layers: Iterable[list[Operation]]) -> list[Operation]:
 
 
 def _forward(segments: list[_Segment]) -> float:
-    live = peak = 0.0
+    live = peak = current = 0.0  # current: a sublayer's own streams, which the backward will compute again
     for segment in segments:
         live += segment.source or 0
         for operation in segment.operations:
-            peak = max(peak, live + operation.saved + operation.output + operation.forward)
+            if operation.streams is not None:
+                current = operation.streams[0] if operation.streams[1] else 0.0
+            peak = max(peak, live + current + operation.saved + operation.output + operation.forward)
             if segment.source is None:
                 live += operation.saved
     return max(peak, live)
