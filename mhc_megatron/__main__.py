@@ -25,12 +25,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     pretrain.add_argument("script", help="the training script, e.g. Megatron-LM's pretrain_gpt.py")
     pretrain.add_argument("arguments", nargs=argparse.REMAINDER, help="its arguments, and --enable-mhc")
 
-    from mhc_megatron.quickstart.command import add_parser, run
+    from mhc_megatron.plan import command as plan
+    from mhc_megatron.quickstart import command as quickstart
 
-    add_parser(commands)
-    options = parser.parse_args(argv)
-    if options.command == "quickstart":
-        return run(options)
+    modules = {"quickstart": quickstart, "plan": plan}
+    for module in modules.values():
+        module.add_parser(commands)
+    # `plan` takes Megatron's arguments among its own, in whatever order; argparse.REMAINDER would stop at the first option.
+    options, options_of_megatron = parser.parse_known_args(argv)
+    if options.command == "plan":
+        options.arguments = options_of_megatron
+    elif options_of_megatron:
+        parser.error(f"unrecognized arguments: {' '.join(options_of_megatron)}")
+    if options.command in modules:
+        return modules[options.command].run(options)
     return _pretrain(options)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import io
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -57,13 +58,14 @@ def parse(arguments: Sequence[str], world_size: int) -> tuple[argparse.Namespace
     enable()
     from megatron.training import arguments as megatron_arguments
 
-    with _pretended_machine(arguments, world_size):
+    with _pretended_machine(arguments, world_size) as printed:
         try:
             args = megatron_arguments.parse_args()
             megatron_arguments.validate_args(args)
             config = megatron_arguments.core_transformer_config_from_args(args)
-        except SystemExit as stop:  # argparse has printed what is wrong, or the help
+        except SystemExit as stop:  # argparse has said what is wrong, or printed its help
             if not stop.code:
+                print(printed.getvalue(), file=sys.__stdout__)
                 raise
             raise LaunchError("Megatron's parser refuses these arguments (see above)") from None
         except (AssertionError, ValueError, RuntimeError, ImportError, NotImplementedError) as error:
@@ -73,7 +75,7 @@ def parse(arguments: Sequence[str], world_size: int) -> tuple[argparse.Namespace
 
 
 @contextlib.contextmanager
-def _pretended_machine(arguments: Sequence[str], world_size: int) -> Iterator[None]:
+def _pretended_machine(arguments: Sequence[str], world_size: int) -> Iterator[io.StringIO]:
     import torch
     from megatron.core import utils
 
@@ -91,8 +93,8 @@ def _pretended_machine(arguments: Sequence[str], world_size: int) -> Iterator[No
             for module, names in _FUSED.items():
                 for name in names:
                     stack.enter_context(mock.patch(f"{module}.{name}"))
-        stack.enter_context(contextlib.redirect_stdout(sys.stderr))  # what validate_args tells about its choices
-        yield
+        printed = stack.enter_context(contextlib.redirect_stdout(io.StringIO()))  # every argument, and choices made
+        yield printed
 
 
 def _where(error: BaseException) -> str:
