@@ -12,10 +12,10 @@ from dataclasses import dataclass, replace
 from mhc_megatron.config import MHCConfig
 from mhc_megatron.plan.activations import Pass, chunk_pass
 from mhc_megatron.plan.operations import stream_bytes
-from mhc_megatron.plan.order import Compute, Order
+from mhc_megatron.plan.order import Compute, Order, Place
 from mhc_megatron.plan.parameters import Count, StaticMemory, rank_count, static_memory
 from mhc_megatron.plan.run import Chunk, Run
-from mhc_megatron.residual.recompute import automatic_length
+from mhc_megatron.residual.recompute import automatic_length, microbatches_in_flight
 
 # Transformer Engine's and PyTorch's cuBLAS workspaces, which PyTorch's allocator holds (an estimate: 32 MiB each, several streams).
 WORKSPACES = 192 * 2**20
@@ -65,8 +65,8 @@ def block_length(run: Run, stage: int, chunks: Iterable[Chunk]) -> int | None:
     sublayers = max(1, 2 * max(chunk.layers for chunk in chunks))
     if run.mhc.recompute_sublayers:
         return min(run.mhc.recompute_sublayers, sublayers)
-    # Training counts passes in flight with microbatches enough.
-    return automatic_length(sublayers, replace(run, microbatches=10**6).warm_up(stage) + 1)
+    place = Place(run.stages, run.chunks_per_stage, stage)
+    return automatic_length(sublayers, microbatches_in_flight(run.group, place))
 
 
 def best_block_length(run: Run, stage: int) -> tuple[int, float]:

@@ -13,6 +13,26 @@ from typing import Any, NamedTuple
 from megatron.core.pipeline_parallel.schedules import get_pp_rank_microbatches, get_schedule_table
 
 
+class Place:
+    """One rank's place in a pipeline, as Megatron's schedules ask a communicator for it.
+
+    chunks: of a rank; 1 without an interleaved schedule.
+    """
+
+    def __init__(self, stages: int, chunks: int, rank: int):
+        self.virtual_pipeline_model_parallel_size = chunks if chunks > 1 else None
+        self.pp_group: Any = self
+        self._stages, self._rank = stages, rank
+
+    def size(self) -> int:
+        """Stages."""
+        return self._stages
+
+    def rank(self) -> int:
+        """Which one."""
+        return self._rank
+
+
 class Compute(NamedTuple):
     """The forward or backward pass of a microbatch through one of the rank's chunks."""
 
@@ -81,7 +101,7 @@ class _Rank:
             self.table = get_schedule_table(order.microbatches, self.chunks, group)
         else:
             self.table = [(microbatch, 0) for microbatch in range(order.microbatches)]
-        counts = get_pp_rank_microbatches(order.microbatches, self.chunks, group, p2p_communicator=_Place(order, rank))
+        counts = get_pp_rank_microbatches(order.microbatches, self.chunks, group, p2p_communicator=Place(order.stages, self.chunks, rank))
         self.total, self.all_in_warm_up, self.warm_up, self.remaining = counts
 
     def compute(self, number: int, forward: bool) -> Compute:
@@ -212,18 +232,3 @@ class _Rank:
 
 def _unless(condition: bool, post: Post) -> Post | None:
     return None if condition else post
-
-
-class _Place:
-    """What Megatron asks a communicator about its place in the pipeline."""
-
-    def __init__(self, order: Order, rank: int):
-        self.pp_group: Any = self
-        self.virtual_pipeline_model_parallel_size = order.chunks if order.chunks > 1 else None
-        self._size, self._rank = order.stages, rank
-
-    def size(self) -> int:
-        return self._size
-
-    def rank(self) -> int:
-        return self._rank

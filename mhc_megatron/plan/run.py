@@ -6,7 +6,6 @@ import argparse
 from dataclasses import dataclass
 from typing import Any
 
-from megatron.core.pipeline_parallel.schedules import get_pp_rank_microbatches
 from megatron.core.transformer.enums import LayerType
 from megatron.core.transformer.transformer_block import get_num_layers_to_build
 
@@ -152,28 +151,6 @@ class Run:
             return False
         pattern = config.moe_layer_freq
         return layer % pattern == 0 if isinstance(pattern, int) else bool(pattern[layer])
-
-    def warm_up(self, stage: int) -> int:
-        """Forward passes of chunks before a stage's first backward pass, as Megatron's schedules count them."""
-        _, _, count, _ = get_pp_rank_microbatches(
-            self.microbatches, self.chunks_per_stage, self.group, p2p_communicator=PipelineRank(self.config, stage)
-        )
-        return count
-
-
-class PipelineRank:
-    """What Megatron's schedules ask a communicator about its place in the pipeline."""
-
-    def __init__(self, config: Any, stage: int):
-        self._stages, self._stage = config.pipeline_model_parallel_size, stage
-        self.virtual_pipeline_model_parallel_size = config.virtual_pipeline_model_parallel_size
-        self.pp_group = self
-
-    def size(self) -> int:
-        return self._stages
-
-    def rank(self) -> int:
-        return self._stage
 
 
 def _cut(config: Any, stage: int, number: int) -> tuple[int, bool, bool]:

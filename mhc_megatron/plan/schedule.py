@@ -29,7 +29,8 @@ class Schedule:
         stages, microbatches, chunks, group, overlap, warmup_flush, send_waits: `mhc_megatron.plan.order.Order`.
         forward, backward: seconds of one pass of a microbatch through a chunk: one number, or ``[stage][chunk]``.
         transfer: bytes of the schedule's own tensor, a microbatch, boundary and direction.
-        side: bytes on the side channel (split streams); 0: none.
+        side: bytes on the side channel (split streams); 0: none. side_ahead: how many of its receives a rank posts earlier than
+            the schedule's own (each costs a boundary tensor of memory).
         forward_share, backward_share: the last sublayer's part of a pass's time: what the side channel hides behind.
         bandwidth: bytes per second and direction; latency: seconds.
     """
@@ -46,6 +47,7 @@ class Schedule:
     warmup_flush: bool = False
     send_waits: bool = True
     side: float = 0
+    side_ahead: int = 0
     forward_share: float = 0
     backward_share: float = 0
     latency: float = 0
@@ -195,6 +197,12 @@ class _Simulation:
 
     def _rank(self, rank: int, instructions: list[Instruction]) -> Iterator[float | _Ends]:
         """A rank's life: yields how long it computes, or the transfer that it waits for."""
+        # Side receives that are still to be posted, and the first ones, ahead of the schedule's.
+        left = {forward: instructions.count(Post(False, forward)) for forward in (True, False)}
+        for forward in left if self.schedule.side else ():
+            for _ in range(min(self.schedule.side_ahead, left[forward])):
+                left[forward] -= 1
+                self._post(rank, send=False, forward=forward, side=True)
         for instruction in instructions:
             if isinstance(instruction, Compute):
                 start = self.now
@@ -203,7 +211,10 @@ class _Simulation:
             elif isinstance(instruction, Post):
                 self._post(rank, instruction.send, instruction.forward, side=False)
                 # A forward side send has left before; the others go with the schedule's own.
-                if self.schedule.side and not (instruction.send and instruction.forward):
+                if not self.schedule.side or (instruction.send and instruction.forward):
+                    continue
+                left[instruction.forward] -= not instruction.send
+                if instruction.send or left[instruction.forward] >= 0:
                     self._post(rank, instruction.send, instruction.forward, side=True)
             else:
                 yield from self._wait(rank, instruction)
