@@ -209,19 +209,24 @@ class _Simulation:
                 yield from self._compute(rank, instruction)
                 self.spans.append(Span(rank, instruction, start, self.now))
             elif isinstance(instruction, Post):
-                self._post(rank, instruction.send, instruction.forward, side=False)
-                # A forward side send has left before; the others go with the schedule's own.
-                if not self.schedule.side or (instruction.send and instruction.forward):
-                    continue
-                left[instruction.forward] -= not instruction.send
-                if instruction.send or left[instruction.forward] >= 0:
-                    self._post(rank, instruction.send, instruction.forward, side=True)
+                send, forward = instruction
+                # Of streams, the side's part is posted first; of gradients, last. A forward side send has left already.
+                sides = [False] if not self.schedule.side or (send and forward) else [forward, not forward]
+                for side in sides:
+                    if side and not send:
+                        left[forward] -= 1
+                        if left[forward] < 0:
+                            continue
+                    self._post(rank, send, forward, side)
             else:
                 yield from self._wait(rank, instruction)
 
     def _compute(self, rank: int, compute: Compute) -> Iterator[float | _Ends]:
         schedule, seconds = self.schedule, self.schedule.seconds(rank, compute)
+        first = rank == 0 and compute.chunk == 0
         last = rank == schedule.stages - 1 and compute.chunk == schedule.chunks - 1
+        if schedule.side and compute.forward and not first:
+            yield from self._finish(rank, send=False, forward=True, side=True)
         if not schedule.side or last:
             yield seconds
         elif compute.forward:
@@ -238,8 +243,6 @@ class _Simulation:
         count = min(1, len(handles)) if wait.leave is None else max(0, len(handles) - wait.leave)
         for _ in range(count):
             yield from self._finish(rank, wait.send, wait.forward, side=False)
-            if self.schedule.side and not wait.send and wait.forward:
-                yield from self._finish(rank, False, True, side=True)
 
     def _finish(self, rank: int, send: bool, forward: bool, side: bool) -> Iterator[_Ends]:
         ends = self.handles[rank, send, forward, side].popleft()
