@@ -2,10 +2,11 @@
 
     python benchmarks/plan_check.py [--configurations NAME ...] [--steps 2] [--json FILE] [--cpu]
 
-Every configuration is a list of Megatron arguments, parsed and planned as `python -m mhc_megatron plan` does it. Then a process of its own
-builds the GPTModel, Megatron's data-parallel wrapper and distributed optimizer of these arguments on one GPU and trains a few steps of two
-microbatches. Measured is torch.cuda.max_memory_allocated. A configuration that fails, or does not fit the GPU, is reported and
-the next one goes on. --cpu: tiny shapes and Megatron's local modules; the whole way is run, and no memory is compared.
+Every configuration is a list of Megatron arguments, parsed and planned as `python -m mhc_megatron plan` does it. Then a
+process of its own builds the GPTModel, Megatron's data-parallel wrapper and distributed optimizer of these arguments on
+one GPU and trains a few steps of two microbatches. Measured is torch.cuda.max_memory_allocated. A configuration that
+fails, or does not fit the GPU, is reported and the next one goes on. --cpu: tiny shapes and Megatron's local modules; the
+whole way is run, and no memory is compared.
 """
 
 from __future__ import annotations
@@ -51,16 +52,20 @@ CONFIGURATIONS = {
     "dense residual": DENSE,
     "dense mhc": DENSE + MHC,
     "dense mhc recompute": DENSE + RECOMPUTE,
-    "moe mhc, moe_act and mla_up_proj": MOE + MHC + " --recompute-granularity selective --recompute-modules moe_act mla_up_proj",
-    "moe mhc, full recompute": MOE + MHC + " --recompute-granularity full --recompute-method uniform --recompute-num-layers 1",
+    "moe mhc, moe_act and mla_up_proj": MOE
+    + MHC
+    + " --recompute-granularity selective --recompute-modules moe_act mla_up_proj",
+    "moe mhc, full recompute": MOE
+    + MHC
+    + " --recompute-granularity full --recompute-method uniform --recompute-num-layers 1",
 }
 # Later ones win: the same flags, small.
 TINY = """
 --seq-length 32 --max-position-embeddings 32 --hidden-size 32 --num-attention-heads 4 --ffn-hidden-size 64 --vocab-size 128
 """
 TINY_MOE = """
---kv-lora-rank 16 --qk-head-dim 8 --qk-pos-emb-head-dim 8 --v-head-dim 8 --num-experts 4 --moe-router-topk 2 --moe-ffn-hidden-size 32
---moe-shared-expert-intermediate-size 32
+--kv-lora-rank 16 --qk-head-dim 8 --qk-pos-emb-head-dim 8 --v-head-dim 8 --num-experts 4 --moe-router-topk 2
+--moe-ffn-hidden-size 32 --moe-shared-expert-intermediate-size 32
 """
 TINY_DENSE = "--num-query-groups 2"
 
@@ -221,7 +226,9 @@ def apart(name: str, options: argparse.Namespace) -> dict[str, Any]:
 def show(result: dict[str, Any], seconds: float) -> None:
     """One line of the table."""
     if "measured_gib" not in result:
-        print(f"{result['name']:36s} FAILED: {result['failure']}  ({seconds:.0f} s)\n{result.get('log', '')}", flush=True)
+        print(
+            f"{result['name']:36s} FAILED: {result['failure']}  ({seconds:.0f} s)\n{result.get('log', '')}", flush=True
+        )
         return
     measured, predicted = result["measured_gib"], result["predicted_gib"]
     error = f"{(predicted / measured - 1) * 100:+6.1f} %" if measured else "       -"
@@ -247,7 +254,10 @@ def main(argv: list[str] | None = None) -> int:
             result = {"name": options.one, "failure": repr(error)[:300], "log": traceback.format_exc()[-3000:]}
         options.json.write_text(json.dumps(result))
         return 0
-    print(f"{'peak memory of one GPU, GiB':36s} {'params':>8s} {'static':>8s} {'between':>8s} {'predicted':>10s} {'measured':>9s}    error")
+    print(
+        f"{'peak memory of one GPU, GiB':36s} {'params':>8s} {'static':>8s} {'between':>8s} {'predicted':>10s} {'measured':>9s}"
+        "    error"
+    )
     results = []
     for name in options.configurations:
         started = time.monotonic()

@@ -1,8 +1,9 @@
 """Megatron's arguments and configuration of a launch, without its GPUs: for `plan`, and to check a command before it is sent.
 
-`parse` runs Megatron's own parser, its argument validation and its TransformerConfig checks as rank 0 of a pretended world. Nothing is built,
-no process group and no GPU is needed. What the checks ask of the machine is answered for one that Megatron supports: Hopper's compute
-capability, and where Transformer Engine is not installed, a current version of it. (Nothing stays changed after `parse`.)
+`parse` runs Megatron's own parser, its argument validation and its TransformerConfig checks as rank 0 of a pretended
+world. Nothing is built, no process group and no GPU is needed. What the checks ask of the machine is answered for one
+that Megatron supports: Hopper's compute capability, and where Transformer Engine is not installed, a current version of
+it. (Nothing stays changed after `parse`.)
 """
 
 from __future__ import annotations
@@ -51,7 +52,8 @@ def parse(arguments: Sequence[str], world_size: int) -> tuple[argparse.Namespace
         what its training loop sets from them.
 
     Raises:
-        LaunchError: with Megatron's message, for arguments that it, or mHC, refuses; and without a way to know the vocabulary's size.
+        LaunchError: with Megatron's message, for arguments that it, or mHC, refuses; and without a way to know the
+        vocabulary's size.
     """
     from mhc_megatron.megatron_hooks import enable
 
@@ -87,7 +89,7 @@ def _pretended_machine(arguments: Sequence[str], world_size: int) -> Iterator[io
         stack.enter_context(mock.patch.dict(os.environ, environment))
         stack.enter_context(mock.patch.object(sys, "argv", [sys.argv[0], *arguments]))
         if not torch.cuda.is_available():
-            stack.enter_context(mock.patch.object(torch.cuda, "get_device_capability", lambda *a: COMPUTE_CAPABILITY))
+            stack.enter_context(mock.patch.object(torch.cuda, "get_device_capability", return_value=COMPUTE_CAPABILITY))
         if version == utils.PkgVersion("0.0.0"):
             stack.enter_context(mock.patch.object(utils, "_te_version", utils.PkgVersion(TRANSFORMER_ENGINE)))
             for module, names in _FUSED.items():
@@ -115,7 +117,7 @@ def _set_vocabulary(args: argparse.Namespace) -> None:
         return
     if not args.vocab_size:
         raise LaunchError(
-            f"the vocabulary's size is not known: --tokenizer-type {args.tokenizer_type} has it in its files, which are not read here; "
-            "add --vocab-size N (tokens, before padding) or --padded-vocab-size N"
+            f"the vocabulary's size is not known: --tokenizer-type {args.tokenizer_type} has it in its files, which are "
+            "not read here; add --vocab-size N (tokens, before padding) or --padded-vocab-size N"
         )
     args.padded_vocab_size = vocab_size_with_padding(args.vocab_size, args, logging_enabled=False)

@@ -1,7 +1,7 @@
 """The memory of a chunk's forward and backward pass: what a microbatch leaves behind, and the peaks on the way.
 
-Walks the operations: forward, each adds what it saves; backward, each needs its gradients and then lets go of what it saved. Activation
-recompute (Megatron's, full or selective, and that of mHC's streams) is played as it happens.
+Walks the operations: forward, each adds what it saves; backward, each needs its gradients and then lets go of what it
+saved. Activation recompute (Megatron's, full or selective, and that of mHC's streams) is played as it happens.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""What to change when a run does not fit: each change is planned as the run itself is, and those that fit are told, the cheapest first."""
+"""What to change when a run does not fit: each change is planned as the run itself is, and those that fit are told, the
+cheapest first."""
 
 from __future__ import annotations
 

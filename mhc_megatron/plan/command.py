@@ -39,7 +39,9 @@ def add_parser(commands: Any) -> None:
         "--utilization", type=float, default=0.45, metavar="SHARE",
         help="of the GPU's peak that the model's compute is taken to reach, for times (default: 0.45)",
     )  # fmt: skip
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the plan there as well; - for the output, alone")
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="write the plan there as well; - for the output, alone"
+    )
 
 
 def run(options: argparse.Namespace) -> int:
@@ -57,9 +59,7 @@ def run(options: argparse.Namespace) -> int:
     try:
         _check(options, memory)
         args, config = parse(options.arguments, options.world_size)
-        result = plan(
-            Run.from_arguments(args, config), gpu, memory * GIB, options.reserve * GIB, options.utilization
-        )
+        result = plan(Run.from_arguments(args, config), gpu, memory * GIB, options.reserve * GIB, options.utilization)
     except ValueError as error:
         print(f"plan: {error}", file=sys.stderr)
         return 2

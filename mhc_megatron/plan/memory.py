@@ -17,7 +17,8 @@ from mhc_megatron.plan.parameters import Count, StaticMemory, rank_count, static
 from mhc_megatron.plan.run import Chunk, Run
 from mhc_megatron.residual.recompute import automatic_length, microbatches_in_flight
 
-# Transformer Engine's and PyTorch's cuBLAS workspaces, which PyTorch's allocator holds (an estimate: 32 MiB each, several streams).
+# Transformer Engine's and PyTorch's cuBLAS workspaces, which PyTorch's allocator holds (an estimate: 32 MiB each, several
+# streams).
 WORKSPACES = 192 * 2**20
 
 
@@ -25,8 +26,9 @@ WORKSPACES = 192 * 2**20
 class StageMemory:
     """Bytes of one rank of a pipeline stage.
 
-    static: parameters, gradients, optimizer. activations: the peak of what its passes keep and need. in_flight: microbatches (times
-    chunks) whose activations it holds at most. buffers: received pipeline tensors. block_length: L_r, None without --mhc-recompute.
+    static: parameters, gradients, optimizer. activations: the peak of what its passes keep and need. in_flight:
+    microbatches (times chunks) whose activations it holds at most. buffers: received pipeline tensors. block_length: L_r,
+    None without --mhc-recompute.
     """
 
     stage: int
@@ -53,13 +55,12 @@ def stage_memory(run: Run, stage: int) -> StageMemory:
     layers = sum(chunk.layers for chunk in chunks)
     # One tensor that a neighbour has sent ahead, a direction.
     buffers = 2 * stream_bytes(run) if run.stages > 1 else 0
-    return StageMemory(
-        stage, layers, count, static_memory(run, count), activations, in_flight, buffers, length
-    )
+    return StageMemory(stage, layers, count, static_memory(run, count), activations, in_flight, buffers, length)
 
 
 def block_length(run: Run, stage: int, chunks: Iterable[Chunk]) -> int | None:
-    """L_r of a stage as training will choose it: given, or the one that needs the least memory (`mhc_megatron.residual.recompute`)."""
+    """L_r of a stage as training will choose it: given, or the one that needs the least memory
+    (`mhc_megatron.residual.recompute`)."""
     if run.mhc is None or not run.mhc.recompute or run.config.recompute_granularity == "full":
         return None
     sublayers = max(1, 2 * max(chunk.layers for chunk in chunks))

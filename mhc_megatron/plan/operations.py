@@ -1,8 +1,9 @@
-"""What a layer's modules keep for the backward, operation by operation: Transformer Engine's modules and Megatron-Core 0.19's MoE.
+"""What a layer's modules keep for the backward, operation by operation: Transformer Engine's modules and Megatron-Core
+0.19's MoE.
 
-Sources: for linear layers, norms and attention what Transformer Engine's autograd functions save (inputs of linear layers; a norm's
-input; query, key, value, output and the softmax's statistics), for MLA, MLP, experts, dispatcher and router Megatron's modules,
-for mHC `mhc_kernels.fused.functions`. What two operations save is counted once.
+Sources: for linear layers, norms and attention what Transformer Engine's autograd functions save (inputs of linear
+layers; a norm's input; query, key, value, output and the softmax's statistics), for MLA, MLP, experts, dispatcher and
+router Megatron's modules, for mHC `mhc_kernels.fused.functions`. What two operations save is counted once.
 """
 
 from __future__ import annotations
@@ -21,11 +22,11 @@ FUSED_NORM_STREAMS = 4  # mhc_kernels.norm has it, with Triton: with more stream
 class Operation:
     """One step of a forward pass; bytes on one rank for one microbatch.
 
-    saved: kept for the backward. source, output: what it reads and writes; in the backward, the gradients of these. forward,
-    backward: further memory while it runs. weight: the gradient of its parameters before it reaches Megatron's buffers. carried:
-    the gradient of the residual stream, alive all the while. modules: names of ``--recompute-modules`` that it belongs to,
-    the narrowest first. streams: of a sublayer (bytes, place in its block of ``--mhc-recompute``, the block's length), at its boundary,
-    and at the mix where its backward begins.
+    saved: kept for the backward. source, output: what it reads and writes; in the backward, the gradients of these.
+    forward, backward: further memory while it runs. weight: the gradient of its parameters before it reaches Megatron's
+    buffers. carried: the gradient of the residual stream, alive all the while. modules: names of ``--recompute-modules``
+    that it belongs to, the narrowest first. streams: of a sublayer (bytes, place in its block of ``--mhc-recompute``, the
+    block's length), at its boundary, and at the mix where its backward begins.
     """
 
     name: str
@@ -96,7 +97,8 @@ def _sublayer(run: Run, inner: list[Operation], own_norm: bool) -> list[Operatio
 
 
 def _mappings(run: Run) -> float:
-    """What a boundary keeps besides streams: H_res, H_post, H_pre and the projected values, float32; phi as the products read it."""
+    """What a boundary keeps besides streams: H_res, H_post, H_pre and the projected values, float32; phi as the products
+    read it."""
     n = run.streams
     rows = n * n + 2 * n
     padded = max(16, 1 << rows.bit_length())  # with a column for the RMS factor
@@ -164,8 +166,8 @@ def _mla(run: Run) -> list[Operation]:
 
 
 def _activation(run: Run, rows: float, width: float, weighted: bool) -> tuple[float, float, float, float]:
-    """Of an activation function: bytes of its input (``rows``, twice ``width`` if gated) and output, what it saves besides its input,
-    and what its backward needs besides these gradients.
+    """Of an activation function: bytes of its input (``rows``, twice ``width`` if gated) and output, what it saves
+    besides its input, and what its backward needs besides these gradients.
 
     weighted: a router's probability multiplies its rows.
     """
@@ -212,11 +214,14 @@ def _moe(run: Run) -> list[Operation]:
     return [
         *shared,
         Operation("router", _router(run), hidden, modules=moe),
-        # Tokens are permuted, exchanged and sorted by expert: two copies at a time. What came before the sorting stays until the layer
-        # is done (MoELayer.forward has it in a variable); combining needs two more, what the experts gave and that unsorted.
+        # Tokens are permuted, exchanged and sorted by expert: two copies at a time. What came before the sorting stays
+        # until the layer is done (MoELayer.forward has it in a variable); combining needs two more, what the experts gave
+        # and that unsorted.
         Operation("dispatch", 0, hidden, dispatched, forward=dispatched, modules=moe),
         Operation("experts fc1", dispatched, dispatched, source, weight=first, modules=moe),
-        Operation("experts activation", source + saved + output, source, output, 0, backward, modules=("moe_act", *moe)),
+        Operation(
+            "experts activation", source + saved + output, source, output, 0, backward, modules=("moe_act", *moe)
+        ),
         Operation("experts fc2", 0, output, dispatched, weight=second, modules=moe),
         Operation("combine", 0, dispatched, hidden, forward=3 * dispatched, backward=dispatched, modules=moe),
     ]
@@ -240,7 +245,9 @@ def _loss(run: Run) -> list[Operation]:
     values = run.tokens * run.vocabulary / run.tensor
     logits = values * run.value
     te = config.cross_entropy_loss_fusion and config.cross_entropy_fusion_impl == "te"
-    softmax = logits if te else 4 * values  # Transformer Engine leaves the gradient in the logits; Megatron keeps float32
+    softmax = (
+        logits if te else 4 * values
+    )  # Transformer Engine leaves the gradient in the logits; Megatron keeps float32
     gathered = hidden * (run.tensor if config.sequence_parallel else 1)
     weight = _weight(run, run.vocabulary * config.hidden_size)
     return [

@@ -49,8 +49,8 @@ class Post(NamedTuple):
 
 
 class Wait(NamedTuple):
-    """Wait for the oldest transfer of this kind that was posted and not waited for, if there is one; with ``leave``, until so many of
-    them are left."""
+    """Wait for the oldest transfer of this kind that was posted and not waited for, if there is one; with ``leave``,
+    until so many of them are left."""
 
     send: bool
     forward: bool
@@ -62,10 +62,10 @@ Instruction = Compute | Post | Wait
 
 @dataclass(frozen=True)
 class Order:
-    """A pipeline's shape. send_waits: whether forward sends are waited for before their output is freed, as 0.19 does with
-    ``deallocate_pipeline_outputs``, and sends that a blocking call makes; without overlap they always are (sends and receives are one
-    batch). group: microbatches that pass a chunk in a row (None: the
-    stages). overlap, warmup_flush: ``overlap_p2p_comm`` and ``overlap_p2p_comm_warmup_flush`` (interleaved schedules).
+    """A pipeline's shape. send_waits: whether forward sends are waited for before their output is freed, as 0.19 does
+    with ``deallocate_pipeline_outputs``, and sends that a blocking call makes; without overlap they always are (sends and
+    receives are one batch). group: microbatches that pass a chunk in a row (None: the stages). overlap, warmup_flush:
+    ``overlap_p2p_comm`` and ``overlap_p2p_comm_warmup_flush`` (interleaved schedules).
 
     Raises:
         ValueError: for microbatches that Megatron refuses with this shape.
@@ -83,8 +83,8 @@ class Order:
         group, rest = self.group or self.stages, self.microbatches % (self.group or self.stages)
         if self.chunks > 1 and (not self.stages <= group <= self.microbatches or 0 < rest < self.stages):
             raise ValueError(
-                f"an interleaved schedule of {self.stages} stages takes groups of {self.stages} to {self.microbatches} microbatches, and "
-                f"a last group of none or at least {self.stages}; got {self.microbatches} microbatches in groups of {group}"
+                f"an interleaved schedule of {self.stages} stages takes groups of {self.stages} to {self.microbatches} "
+                f"microbatches, and a last group of none or at least {self.stages}; got {self.microbatches} microbatches in groups of {group}"
             )
 
     def instructions(self, rank: int) -> list[Instruction]:
@@ -102,7 +102,9 @@ class _Rank:
             self.table = get_schedule_table(order.microbatches, self.chunks, group)
         else:
             self.table = [(microbatch, 0) for microbatch in range(order.microbatches)]
-        counts = get_pp_rank_microbatches(order.microbatches, self.chunks, group, p2p_communicator=Place(order.stages, self.chunks, rank))
+        counts = get_pp_rank_microbatches(
+            order.microbatches, self.chunks, group, p2p_communicator=Place(order.stages, self.chunks, rank)
+        )
         self.total, self.all_in_warm_up, self.warm_up, self.remaining = counts
 
     def compute(self, number: int, forward: bool) -> Compute:
@@ -193,7 +195,10 @@ class _Rank:
     def _steady(self, number: int) -> Iterator[Instruction]:
         forward, order = number + self.warm_up, self.order
         ahead = number < self.remaining - 1 and self.receives(forward, True)
-        receive_forward, send_forward = _unless(not ahead, Post(False, True)), _unless(self.ends(forward, True), Post(True, True))
+        receive_forward, send_forward = (
+            _unless(not ahead, Post(False, True)),
+            _unless(self.ends(forward, True), Post(True, True)),
+        )
         receive_backward = _unless(not self.receives(number, False), Post(False, False))
         send_backward = _unless(self.ends(number, False), Post(True, False))
         if not order.overlap:

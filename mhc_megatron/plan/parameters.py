@@ -14,8 +14,8 @@ from mhc_megatron.plan.run import Chunk, Run
 
 @dataclass(frozen=True)
 class Count:
-    """Parameters, by how they are held: dense (of the model's dtype, sharded over data parallelism), expert (over the experts' data
-    parallelism), mhc (float32; counted in neither of the others)."""
+    """Parameters, by how they are held: dense (of the model's dtype, sharded over data parallelism), expert (over the
+    experts' data parallelism), mhc (float32; counted in neither of the others)."""
 
     dense: float = 0
     expert: float = 0

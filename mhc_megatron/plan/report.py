@@ -1,4 +1,5 @@
-"""The plan of a run as plain data: what `command` prints as a table and writes as JSON. Bytes and seconds; memory of one rank a stage."""
+"""The plan of a run as plain data: what `command` prints as a table and writes as JSON. Bytes and seconds; memory of one
+rank a stage."""
 
 from __future__ import annotations
 
@@ -85,7 +86,13 @@ def simulated(run: Run, gpu: Gpu, utilization: float, links: tuple[float, ...] =
             )
             outcome = simulate(schedule)
             rows.append(
-                {"link": bandwidth, "kind": kind, "step": outcome.step, "free": outcome.free, "exposed": outcome.exposed}
+                {
+                    "link": bandwidth,
+                    "kind": kind,
+                    "step": outcome.step,
+                    "free": outcome.free,
+                    "exposed": outcome.exposed,
+                }
             )
     return rows
 

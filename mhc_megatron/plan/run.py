@@ -17,8 +17,8 @@ from mhc_megatron.config import MHCConfig
 class Chunk:
     """The part of a model that one rank computes in one go: a pipeline stage, or under an interleaved schedule one of its pieces.
 
-    stage, number: the pipeline rank; which of the rank's chunks. first_layer: of all layers, from 0. embedding, loss: whether it has
-    the model's ends.
+    stage, number: the pipeline rank; which of the rank's chunks. first_layer: of all layers, from 0. embedding, loss:
+    whether it has the model's ends.
     """
 
     stage: int
@@ -181,6 +181,6 @@ def _check_covered(args: argparse.Namespace) -> None:
     for flag, value in refused.items():
         if value:
             raise ValueError(
-                f"plan: {flag} {value} is not covered: the planner counts what Transformer Engine modules in bf16, fp16 or fp32 and "
-                "Adam keep; leave it out to plan without it"
+                f"plan: {flag} {value} is not covered: the planner counts what Transformer Engine modules in bf16, fp16 or fp32 "
+                "and Adam keep; leave it out to plan without it"
             )

@@ -1,9 +1,10 @@
 """A simulation of a pipeline's step: how much of its communication compute hides.
 
-Every rank runs its instructions (`order`) on one compute stream. A transfer begins when both ends have posted it and its link is free (a
-link: one direction between two ranks; transfers take it in the order in which they are ready), and takes latency + bytes / bandwidth. Split
-streams (architecture: `mhc_megatron.pipeline`) use a second channel on the same link: the n*C stream part leaves before the last
-sublayer of a chunk runs, and its gradient is needed only when that sublayer's backward is over.
+Every rank runs its instructions (`order`) on one compute stream. A transfer begins when both ends have posted it and its
+link is free (a link: one direction between two ranks; transfers take it in the order in which they are ready), and takes
+latency + bytes / bandwidth. Split streams (architecture: `mhc_megatron.pipeline`) use a second channel on the same link:
+the n*C stream part leaves before the last sublayer of a chunk runs, and its gradient is needed only when that sublayer's
+backward is over.
 
 Not modelled: kernels that communication slows down, the host, data- and expert-parallel traffic (in the compute times), NCCL's
 choice of one stream for both directions of a pair.
@@ -97,7 +98,8 @@ class Transfer:
 class Result:
     """A simulated step.
 
-    step: its seconds. free: the same step with transfers that take no time. exposed: the difference. spans, transfers: what happened when.
+    step: its seconds. free: the same step with transfers that take no time. exposed: the difference. spans, transfers:
+    what happened when.
     """
 
     step: float
@@ -117,8 +119,9 @@ class Result:
 def exchange(kind: str, hidden: float, streams: int, tokens: float) -> dict[str, float | bool]:
     """What crosses a boundary with one kind of communication, as fields of a `Schedule`.
 
-    kind: ``residual`` (C a token), ``wide-waits`` (n*C, as stock Megatron would send it), ``wide`` (n*C, no send waits), ``split`` (C and
-    H_post, n float32, on the schedule; n*C on the side channel). hidden: bytes of C values of all ``tokens`` of a microbatch.
+    kind: ``residual`` (C a token), ``wide-waits`` (n*C, as stock Megatron would send it), ``wide`` (n*C, no send waits),
+    ``split`` (C and H_post, n float32, on the schedule; n*C on the side channel). hidden: bytes of C values of all
+    ``tokens`` of a microbatch.
 
     Raises:
         ValueError: for another kind.

@@ -17,9 +17,10 @@ def render(plan: dict[str, Any]) -> str:
 
 def _head(plan: dict[str, Any]) -> list[str]:
     model, layout = plan["model"], plan["layout"]
+    billions, active = model["parameters"] / 1e9, model["active_parameters"] / 1e9
     return [
-        f"{model['layers']} layers, {model['parameters'] / 1e9:.2f}B parameters ({model['active_parameters'] / 1e9:.2f}B active), "
-        f"{model['mhc_parameters'] / 1e6:.1f}M of them mHC's; {layout['streams']} streams",
+        f"{model['layers']} layers, {billions:.2f}B parameters ({active:.2f}B active), {model['mhc_parameters'] / 1e6:.1f}M of "
+        f"them mHC's; {layout['streams']} streams",
         f"{layout['world_size']} GPUs: TP {layout['tensor']}, PP {layout['pipeline']} x {layout['virtual_pipeline']} chunks, "
         f"EP {layout['expert']}, CP {layout['context']}, DP {layout['data']}; {layout['microbatches']} microbatches of "
         f"{layout['micro_batch']} x {layout['sequence']} tokens",
@@ -29,28 +30,31 @@ def _head(plan: dict[str, Any]) -> list[str]:
 def _memory(plan: dict[str, Any]) -> list[str]:
     lines = [
         "GiB on one GPU of each stage:",
-        "                 ------- always there -------    ----- activations, peak -----     --------- in all ----------",
-        "stage  layers   parameters  gradients  optimizer  residual    mHC  recompute  L_r   residual    mHC  recompute",
+        "                        ------ always there -------    ----- activations, peak -----     ------ in all, peak ------",
+        "stage layers in flight  parameters gradients optimizer  residual    mHC recompute  L_r   residual    mHC recompute",
     ]
     for stage in plan["stages"]:
-        modes = stage["modes"]
-        residual, mhc, recompute = (modes[mode] for mode in ("residual", "mhc", "recompute"))
+        residual, mhc, recompute = (stage["modes"][mode] for mode in ("residual", "mhc", "recompute"))
         lines.append(
-            f"{stage['stage']:5d} {stage['layers']:7d}   {stage['parameter_bytes'] / GIB:10.2f} {stage['gradient_bytes'] / GIB:10.2f} "
-            f"{stage['optimizer_bytes'] / GIB:10.2f} {residual['activations'] / GIB:9.2f} {mhc['activations'] / GIB:6.2f} "
-            f"{recompute['activations'] / GIB:10.2f} {recompute['block_length'] or '-':>4}  {residual['total'] / GIB:9.2f} "
-            f"{mhc['total'] / GIB:6.2f} {recompute['total'] / GIB:10.2f}"
+            f"{stage['stage']:5d} {stage['layers']:6d} {stage['in_flight']:9d}  "
+            + _columns((10, stage["parameter_bytes"]), (9, stage["gradient_bytes"]), (9, stage["optimizer_bytes"]))
+            + _columns((10, residual["activations"]), (6, mhc["activations"]), (9, recompute["activations"]))
+            + f"{recompute['block_length'] or '-':>5} "
+            + _columns((10, residual["total"]), (6, mhc["total"]), (9, recompute["total"]))
         )
     for stage in plan["stages"]:
-        best = stage["best_block_length"]
-        chosen = stage["modes"]["recompute"]
+        best, chosen = stage["best_block_length"], stage["modes"]["recompute"]
         if best is not None and best["length"] != chosen["block_length"]:
-            saved = (chosen["activations"] - best["activations"]) / GIB
             lines.append(
-                f"stage {stage['stage']}: --mhc-recompute-sublayers {best['length']} would take {saved:.2f} GiB less than the automatic "
-                f"{chosen['block_length']}"
+                f"stage {stage['stage']}: --mhc-recompute-sublayers {best['length']} would take "
+                f"{(chosen['activations'] - best['activations']) / GIB:.2f} GiB less than {chosen['block_length']}"
             )
     return lines
+
+
+def _columns(*columns: tuple[int, float]) -> str:
+    """Bytes in GiB, each with its column's width."""
+    return " ".join(f"{value / GIB:{width}.2f}" for width, value in columns)
 
 
 def _verdict(plan: dict[str, Any]) -> list[str]:
@@ -61,26 +65,33 @@ def _verdict(plan: dict[str, Any]) -> list[str]:
         return [f"Fits ({plan['mode']}): {peak:.1f} GiB of {room:.1f} ({room_text})."]
     lines = [f"DOES NOT FIT ({plan['mode']}): {peak:.1f} GiB, and {room:.1f} are there ({room_text})."]
     found = plan["changes"]
-    lines.append("Any one of these would do:" if found and found[0]["fits"] else "No single change is enough; the peak with each:")
+    lines.append(
+        "Any one of these would do:"
+        if found and found[0]["fits"]
+        else "No single change is enough; the peak with each:"
+    )
     return [*lines, *(f"  {change['peak'] / GIB:7.1f} GiB  {change['arguments']}" for change in found)]
 
 
 def _kernels(plan: dict[str, Any]) -> list[str]:
+    gpu = plan["gpu"]
     lines = [
-        f"mHC's kernels, one microbatch (estimates for {plan['gpu']['name']}; compute at {plan['gpu']['utilization']:.0%} of its peak):",
+        f"mHC's kernels, one microbatch (estimates for {gpu['name']}; compute at {gpu['utilization']:.0%} of its peak):",
         "stage   mHC GB  with recompute     ms  instead of   compute ms   overhead  with recompute",
     ]
     for stage in plan["stages"]:
         mhc, again, compute = stage["modes"]["mhc"], stage["modes"]["recompute"], stage["compute_seconds"]
-
-        def over(mode: dict[str, Any], compute: float = compute) -> float:
-            return (mode["kernel_seconds"] - mode["replaced_seconds"]) / compute * 100 if compute else 0.0
-
         lines.append(
-            f"{stage['stage']:5d} {mhc['kernel_bytes'] / 1e9:8.2f} {again['kernel_bytes'] / 1e9:15.2f} {mhc['kernel_seconds'] * 1e3:6.1f} "
-            f"{mhc['replaced_seconds'] * 1e3:11.1f} {compute * 1e3:12.1f} {over(mhc):+9.1f}% {over(again):+14.1f}%"
+            f"{stage['stage']:5d} {mhc['kernel_bytes'] / 1e9:8.2f} {again['kernel_bytes'] / 1e9:15.2f} "
+            f"{mhc['kernel_seconds'] * 1e3:6.1f} {mhc['replaced_seconds'] * 1e3:11.1f} {compute * 1e3:12.1f} "
+            f"{_overhead(mhc, compute):+9.1f}% {_overhead(again, compute):+14.1f}%"
         )
     return lines
+
+
+def _overhead(mode: dict[str, Any], compute: float) -> float:
+    """Per cent of the compute: the kernels, less what residual connections would have taken."""
+    return (mode["kernel_seconds"] - mode["replaced_seconds"]) / compute * 100 if compute else 0.0
 
 
 def _pipeline(plan: dict[str, Any]) -> list[str]:

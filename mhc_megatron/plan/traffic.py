@@ -13,7 +13,8 @@ from mhc_megatron.plan.gpus import COPY_SHARE, Gpu
 from mhc_megatron.plan.operations import hidden_bytes
 from mhc_megatron.plan.run import Chunk, Run
 
-# What the kernels reach of the time that a copy of the bytes of two passes takes (kernels/README.md: 0.70 to 0.76, H200, 8192 tokens or more).
+# What the kernels reach of the time that a copy of the bytes of two passes takes (kernels/README.md: 0.70 to 0.76, H200,
+# 8192 tokens or more).
 KERNEL_SHARE = 0.73
 # Units that residual connections move for what the kernels do in their place: an addition and a norm, forward and backward.
 RESIDUAL_UNITS = 3 + 2 + 3 + 3
@@ -58,8 +59,8 @@ def kernel_traffic(run: Run, chunks: list[Chunk], block_length: int | None) -> K
 def boundary_bytes(run: Run) -> dict[str, float]:
     """What crosses a pipeline boundary for one microbatch in one direction.
 
-    residual: C a token. wide: n*C. split, split_side: with split streams, C and H_post (n float32) in the schedule's own tensor, and
-    n*C beside it.
+    residual: C a token. wide: n*C. split, split_side: with split streams, C and H_post (n float32) in the schedule's own
+    tensor, and n*C beside it.
     """
     hidden = hidden_bytes(run)
     n = run.streams

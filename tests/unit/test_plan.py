@@ -166,7 +166,9 @@ def test_measured_peaks(name: str, layers: str, kind: str) -> None:
     passes = chunk_pass(run, chunk, length)
     predicted = max(passes.forward, passes.backward) / GIB
     measured = recorded["results"][layers][kind]["peak_gib"]
-    print(f"{name} {layers} {kind}: {predicted:.2f} GiB planned, {measured:.2f} measured ({predicted / measured - 1:+.1%})")
+    print(
+        f"{name} {layers} {kind}: {predicted:.2f} GiB planned, {measured:.2f} measured ({predicted / measured - 1:+.1%})"
+    )
     assert predicted == pytest.approx(measured, rel=0.1)
 
 
@@ -238,14 +240,17 @@ def test_sequence_parallelism_divides_the_streams() -> None:
     whole = make_run(models.make_config(tensor_model_parallel_size=2), world_size=2)
     divided = make_run(models.make_config(tensor_model_parallel_size=2, sequence_parallel=True), world_size=2)
     assert boundary_bytes(whole)["wide"] == 2 * boundary_bytes(divided)["wide"] == 16 * 2 * 4 * 32 * 4
-    assert kernel_traffic(whole, whole.chunks()[0], None).moved == 2 * kernel_traffic(divided, divided.chunks()[0], None).moved
+    assert (
+        kernel_traffic(whole, whole.chunks()[0], None).moved
+        == 2 * kernel_traffic(divided, divided.chunks()[0], None).moved
+    )
 
 
 # The command.
 
 LAUNCH = """
---num-layers 6 --hidden-size 512 --num-attention-heads 8 --ffn-hidden-size 2048 --swiglu --normalization RMSNorm --disable-bias-linear
---untie-embeddings-and-output-weights --position-embedding-type rope --seq-length 1024 --max-position-embeddings 1024
+--num-layers 6 --hidden-size 512 --num-attention-heads 8 --ffn-hidden-size 2048 --swiglu --normalization RMSNorm
+--disable-bias-linear --untie-embeddings-and-output-weights --position-embedding-type rope --seq-length 1024 --max-position-embeddings 1024
 --micro-batch-size 2 --global-batch-size 64 --bf16 --use-distributed-optimizer --lr 1e-4 --train-iters 10
 --multi-latent-attention --kv-lora-rank 64 --num-experts 8 --moe-router-topk 2 --moe-ffn-hidden-size 256 --moe-grouped-gemm
 --moe-permute-fusion --moe-token-dispatcher-type alltoall --moe-layer-freq ([0]+[1]*5) --moe-shared-expert-intermediate-size 512
@@ -265,7 +270,10 @@ def no_hooks_left() -> Any:
 def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     written = tmp_path / "plan.json"
     vpp = ["--num-layers-per-virtual-pipeline-stage", "1"]
-    assert main(["plan", "--world-size", "8", "--json", str(written), *LAUNCH, *vpp, "--enable-mhc", "--mhc-recompute"]) == 0
+    assert (
+        main(["plan", "--world-size", "8", "--json", str(written), *LAUNCH, *vpp, "--enable-mhc", "--mhc-recompute"])
+        == 0
+    )
     text = capsys.readouterr().out
     plan = json.loads(written.read_text())
     assert "Fits (recompute)" in text
@@ -281,7 +289,18 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.usefixtures("no_hooks_left")
 def test_command_says_what_to_change(capsys: pytest.CaptureFixture[str]) -> None:
     def peaks(memory: float, *further: str) -> tuple[int, str]:
-        arguments = ["plan", "--world-size", "8", "--gpu-memory", str(memory), "--reserve", "0", *LAUNCH, "--enable-mhc", *further]
+        arguments = [
+            "plan",
+            "--world-size",
+            "8",
+            "--gpu-memory",
+            str(memory),
+            "--reserve",
+            "0",
+            *LAUNCH,
+            "--enable-mhc",
+            *further,
+        ]
         return main(arguments), capsys.readouterr().out
 
     status, text = peaks(80)

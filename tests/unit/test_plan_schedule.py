@@ -31,13 +31,17 @@ def test_bubble(stages: int, microbatches: int) -> None:
 
 
 @pytest.mark.parametrize(("overlap", "flush"), MODES)
-@pytest.mark.parametrize(("stages", "chunks", "microbatches", "group"), [(2, 2, 4, 2), (4, 2, 8, 4), (4, 3, 14, 5), (2, 4, 2, 2)])
+@pytest.mark.parametrize(
+    ("stages", "chunks", "microbatches", "group"), [(2, 2, 4, 2), (4, 2, 8, 4), (4, 3, 14, 5), (2, 4, 2, 2)]
+)
 def test_interleaved_bubble(
     stages: int, chunks: int, microbatches: int, group: int, overlap: bool, flush: bool
 ) -> None:
     """(p - 1) / (m v)."""
     result = simulate(
-        Schedule(stages, microbatches, 1.0, 2.0, **FREE, chunks=chunks, group=group, overlap=overlap, warmup_flush=flush)
+        Schedule(
+            stages, microbatches, 1.0, 2.0, **FREE, chunks=chunks, group=group, overlap=overlap, warmup_flush=flush
+        )
     )
     assert result.step == pytest.approx(3 * (microbatches * chunks + stages - 1))
 
@@ -53,8 +57,8 @@ def test_split_by_hand() -> None:
     """The streams leave half way through the forward pass and hide behind the rest of it; their gradient behind the last
     sublayer's backward. What the schedule carries is exposed."""
     shares = {"forward_share": 0.5, "backward_share": 0.5}
-    # 4 on the side from 2 to 6 (the sender is done at 4), then 1: the other rank starts at 7. Its backward is over at 19; 1, and then 4
-    # beside half of 8.
+    # 4 on the side from 2 to 6 (the sender is done at 4), then 1: the other rank starts at 7. Its backward is over at 19;
+    # 1, and then 4 beside half of 8.
     result = simulate(Schedule(2, 1, 4.0, 8.0, transfer=1.0, side=4.0, bandwidth=1.0, **shares))
     first, last = result.rank(0), result.rank(1)
     assert [(s.start, s.end) for s in last] == [(7.0, 11.0), (11.0, 19.0)]
@@ -82,7 +86,13 @@ def test_monotonic() -> None:
         shape = _random_shape(choose)
         hidden = choose.uniform(0.01, 0.5)
 
-        def step(hidden: float = hidden, bandwidth: float = 1.0, latency: float = 0.01, waits: bool = True, shape: Any = shape) -> float:
+        def step(
+            hidden: float = hidden,
+            bandwidth: float = 1.0,
+            latency: float = 0.01,
+            waits: bool = True,
+            shape: Any = shape,
+        ) -> float:
             schedule = Schedule(**shape, transfer=hidden, bandwidth=bandwidth, latency=latency, send_waits=waits)
             return simulate(schedule).step
 
@@ -119,7 +129,8 @@ def test_refused_shapes() -> None:
 
 
 def _record(settings: dict[str, Any], microbatches: int) -> None:
-    """Run Megatron's schedule in this rank and compare what it did with the planned instructions: passes, and transfers between them."""
+    """Run Megatron's schedule in this rank and compare what it did with the planned instructions: passes, and transfers
+    between them."""
     config = models.make_config(**settings)
     vpp = config.virtual_pipeline_model_parallel_size
     chunks = [models.build(config, None, stage) for stage in (range(vpp) if vpp else [None])]
@@ -180,8 +191,16 @@ LAYOUTS: dict[str, tuple[int, int, dict[str, Any]]] = {
     "pp4": (4, 5, {}),
     "vpp2": (2, 4, {"virtual_pipeline_model_parallel_size": 2, **OVERLAPPED}),
     "vpp2, all in the warm-up": (2, 2, {"virtual_pipeline_model_parallel_size": 2, **OVERLAPPED}),
-    "vpp2, flush": (2, 4, {"virtual_pipeline_model_parallel_size": 2, **OVERLAPPED, "overlap_p2p_comm_warmup_flush": True}),
-    "vpp2, groups of 3": (2, 6, {"virtual_pipeline_model_parallel_size": 2, **OVERLAPPED, "microbatch_group_size_per_vp_stage": 3}),
+    "vpp2, flush": (
+        2,
+        4,
+        {"virtual_pipeline_model_parallel_size": 2, **OVERLAPPED, "overlap_p2p_comm_warmup_flush": True},
+    ),
+    "vpp2, groups of 3": (
+        2,
+        6,
+        {"virtual_pipeline_model_parallel_size": 2, **OVERLAPPED, "microbatch_group_size_per_vp_stage": 3},
+    ),
     "vpp2, no overlap": (2, 4, {"virtual_pipeline_model_parallel_size": 2, "batch_p2p_comm": False}),
 }
 
