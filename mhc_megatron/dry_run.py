@@ -19,7 +19,7 @@ from unittest import mock
 
 # What the checks are told where the machine has none.
 COMPUTE_CAPABILITY = (9, 0)
-TRANSFORMER_ENGINE = "2.9.0"
+TRANSFORMER_ENGINE = "2.20.2"
 # Fused operations of Transformer Engine that a TransformerConfig looks for by name; None where it is not installed.
 _FUSED = {
     "megatron.core.transformer.moe.moe_utils": (

@@ -102,7 +102,7 @@ def _backward(segments: list[_Segment], kept: float, run: Run) -> float:
     fused = run.gradients == "main" and run.config.gradient_accumulation_fusion
     for segment in reversed(segments):
         if segment.source is not None:
-            live += segment.saved
+            live += segment.saved - segment.source  # the first operation saves what was kept
         for operation in reversed(segment.operations):
             streams, place, length = operation.streams or (0, 0, 0)
             ends = operation.name == BOUNDARY
@@ -113,5 +113,4 @@ def _backward(segments: list[_Segment], kept: float, run: Run) -> float:
             live -= operation.saved + (streams if place and ends else 0)
             if run.gradients == "plain":
                 gradients += operation.weight
-        live -= segment.source or 0
     return max(peak, live + gradients)

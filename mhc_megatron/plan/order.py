@@ -84,7 +84,8 @@ class Order:
         if self.chunks > 1 and (not self.stages <= group <= self.microbatches or 0 < rest < self.stages):
             raise ValueError(
                 f"an interleaved schedule of {self.stages} stages takes groups of {self.stages} to {self.microbatches} "
-                f"microbatches, and a last group of none or at least {self.stages}; got {self.microbatches} microbatches in groups of {group}"
+                f"microbatches, and a last group of none or at least {self.stages}; "
+                f"got {self.microbatches} microbatches in groups of {group}"
             )
 
     def instructions(self, rank: int) -> list[Instruction]:
