@@ -40,8 +40,24 @@ def add_parser(commands: Any) -> None:
         help="of the GPU's peak that the model's compute is taken to reach, for times (default: 0.45)",
     )  # fmt: skip
     parser.add_argument(
+        "--link-speeds", type=_speeds, default=(25.0, 50.0, 300.0), metavar="GB/S,...",
+        help="between two stages, one direction: simulate the pipeline at these (default: 25,50,300: network cards of 200 and "
+        "400 Gb/s, NVLink)",
+    )  # fmt: skip
+    parser.add_argument(
         "--json", type=Path, metavar="FILE", help="write the plan there as well; - for the output, alone"
     )
+
+
+def _speeds(text: str) -> tuple[float, ...]:
+    """Comma-separated GB/s."""
+    try:
+        speeds = tuple(float(speed) for speed in text.split(","))
+    except ValueError:
+        speeds = ()
+    if not speeds or min(speeds) <= 0:
+        raise argparse.ArgumentTypeError(f"GB/s above 0, separated by commas; got {text!r}")
+    return speeds
 
 
 def run(options: argparse.Namespace) -> int:
@@ -59,7 +75,9 @@ def run(options: argparse.Namespace) -> int:
     try:
         _check(options, memory)
         args, config = parse(options.arguments, options.world_size)
-        result = plan(Run.from_arguments(args, config), gpu, memory * GIB, options.reserve * GIB, options.utilization)
+        planned = Run.from_arguments(args, config)
+        links = [speed * 1e9 for speed in options.link_speeds]
+        result = plan(planned, gpu, memory * GIB, options.reserve * GIB, options.utilization, links)
     except ValueError as error:
         print(f"plan: {error}", file=sys.stderr)
         return 2

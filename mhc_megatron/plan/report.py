@@ -3,6 +3,7 @@ rank a stage."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -11,20 +12,22 @@ from mhc_megatron.plan.gpus import Gpu
 from mhc_megatron.plan.memory import WORKSPACES, best_block_length, run_order, stage_memory, variant
 from mhc_megatron.plan.parameters import active_count, model_count
 from mhc_megatron.plan.run import Run
-from mhc_megatron.plan.schedule import Schedule, exchange, simulate
+from mhc_megatron.plan.schedule import Schedule, exchange, step_times
 from mhc_megatron.plan.traffic import boundary_bytes, chunk_seconds, kernel_traffic
 
 MODES = ("residual", "mhc", "recompute")
 KINDS = ("residual", "wide-waits", "wide", "split")
-LINKS = (25e9, 50e9, 300e9)  # bytes per second: 200 and 400 Gb/s network cards, NVLink
 
 
-def plan(run: Run, gpu: Gpu, memory: float, reserve: float, utilization: float) -> dict[str, Any]:
+def plan(
+    run: Run, gpu: Gpu, memory: float, reserve: float, utilization: float, links: Sequence[float]
+) -> dict[str, Any]:
     """The whole plan.
 
     Args:
         memory, reserve: bytes of a GPU; and of these, what PyTorch's allocator can't have (CUDA context, NCCL, fragmentation).
         utilization: share of the GPU's peak that the model's matrix products are assumed to reach.
+        links: bytes per second and direction between two stages, to simulate the pipeline with.
     """
     asked = _mode(run)
     stages = [_stage(run, stage, gpu, utilization) for stage in range(run.stages)]
@@ -54,11 +57,11 @@ def plan(run: Run, gpu: Gpu, memory: float, reserve: float, utilization: float) 
         ]
     if run.stages > 1:
         result["boundary"] = boundary_bytes(run if run.mhc is not None else variant(run, "mhc"))
-        result["pipeline"] = simulated(run, gpu, utilization)
+        result["pipeline"] = simulated(run, gpu, utilization, links)
     return result
 
 
-def simulated(run: Run, gpu: Gpu, utilization: float, links: tuple[float, ...] = LINKS) -> list[dict[str, Any]]:
+def simulated(run: Run, gpu: Gpu, utilization: float, links: Sequence[float]) -> list[dict[str, Any]]:
     """A simulated step of the run's pipeline with each kind of communication, at some link speeds."""
     chunks = run.chunks()
     times = [[chunk_seconds(run, chunk, gpu, utilization) for chunk in stage] for stage in chunks]
@@ -84,16 +87,8 @@ def simulated(run: Run, gpu: Gpu, utilization: float, links: tuple[float, ...] =
                 backward_share=share,
                 **crossing,  # type: ignore[arg-type]
             )
-            outcome = simulate(schedule)
-            rows.append(
-                {
-                    "link": bandwidth,
-                    "kind": kind,
-                    "step": outcome.step,
-                    "free": outcome.free,
-                    "exposed": outcome.exposed,
-                }
-            )
+            step, free = step_times(schedule)
+            rows.append({"link": bandwidth, "kind": kind, "step": step, "free": free, "exposed": step - free})
     return rows
 
 

@@ -19,6 +19,8 @@ from dataclasses import dataclass, field, replace
 
 from mhc_megatron.plan.order import Compute, Instruction, Order, Post, Wait
 
+_ENOUGH = 4  # groups of microbatches that have a warm-up, a steady state and a cool-down
+
 Times = float | Sequence[Sequence[float]]
 
 
@@ -144,6 +146,23 @@ def simulate(schedule: Schedule) -> Result:
     step, spans, transfers = _Simulation(schedule).run()
     free, _, _ = _Simulation(replace(schedule, transfer=0, side=0, latency=0, send_waits=schedule.send_waits)).run()
     return Result(step, free, spans, transfers)
+
+
+def step_times(schedule: Schedule) -> tuple[float, float]:
+    """Seconds of a step, and with transfers that take no time; as `simulate`, but of many microbatches quickly.
+
+    In its steady state a pipeline repeats itself from one group of microbatches to the next: a long step is extrapolated
+    from two shorter ones.
+    """
+    group = (schedule.group or schedule.stages) if schedule.chunks > 1 else schedule.stages
+    groups, rest = divmod(schedule.microbatches, group)
+    if groups <= 2 * _ENOUGH:
+        result = simulate(schedule)
+        return result.step, result.free
+    short, longer = (simulate(replace(schedule, microbatches=k * _ENOUGH * group + rest)) for k in (1, 2))
+    times = (groups / _ENOUGH) - 2  # how often the difference of the two comes on top
+    step = longer.step + times * (longer.step - short.step)
+    return step, longer.free + times * (longer.free - short.free)
 
 
 class _Ends:

@@ -13,7 +13,7 @@ from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import p2p_communication, schedules
 
 from mhc_megatron.plan.order import Compute, Order, Post
-from mhc_megatron.plan.schedule import Schedule, exchange, simulate
+from mhc_megatron.plan.schedule import Schedule, exchange, simulate, step_times
 from tests import models
 from tests.ranks import run_ranks
 
@@ -119,6 +119,17 @@ def test_split_is_not_slower_than_wide() -> None:
             exposed[kind] = simulate(schedule).exposed
         assert exposed["split"] <= exposed["wide"] + 1e-9 <= exposed["wide-waits"] + 2e-9
         assert exposed["wide-waits"] == pytest.approx(n * exposed["residual"], rel=0.5)
+
+
+@pytest.mark.parametrize(("chunks", "group"), [(1, None), (2, None), (2, 5)])
+@pytest.mark.parametrize("kind", ["wide-waits", "split"])
+def test_long_steps(kind: str, chunks: int, group: int | None) -> None:
+    """What is extrapolated is what the whole simulation gives."""
+    crossing: Any = exchange(kind, 0.05, 4, 0)
+    shares = {"forward_share": 0.4, "backward_share": 0.4, "bandwidth": 1.0}
+    schedule = Schedule(4, 64, 1.0, 2.0, chunks=chunks, group=group, **shares, **crossing)
+    whole = simulate(schedule)
+    assert step_times(schedule) == pytest.approx((whole.step, whole.free), rel=1e-6)
 
 
 def test_refused_shapes() -> None:
