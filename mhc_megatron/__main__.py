@@ -25,10 +25,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     pretrain.add_argument("script", help="the training script, e.g. Megatron-LM's pretrain_gpt.py")
     pretrain.add_argument("arguments", nargs=argparse.REMAINDER, help="its arguments, and --enable-mhc")
 
+    from mhc_megatron.monitor import report
     from mhc_megatron.plan import command as plan
     from mhc_megatron.quickstart import command as quickstart
+    from mhc_megatron.stability import command as stability
 
-    modules = {"quickstart": quickstart, "plan": plan}
+    modules = {"quickstart": quickstart, "plan": plan, "report": report, "stability": stability}
     for module in modules.values():
         module.add_parser(commands)
     # `plan` takes Megatron's arguments among its own, in whatever order; argparse.REMAINDER would stop at the first option.
@@ -37,9 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         options.arguments = options_of_megatron
     elif options_of_megatron:
         parser.error(f"unrecognized arguments: {' '.join(options_of_megatron)}")
-    if options.command in modules:
-        return modules[options.command].run(options)
-    return _pretrain(options)
+    return _pretrain(options) if options.command == "pretrain" else modules[options.command].run(options)
 
 
 def _pretrain(options: argparse.Namespace) -> int:

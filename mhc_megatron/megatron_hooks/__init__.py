@@ -34,6 +34,7 @@ def _rebindings() -> list[Rebinding]:
     except ImportError as error:
         print_rank_0(f"megatron.training can't be imported ({error}): no command-line flags, to_mhc_spec works")
         return core
-    from mhc_megatron.megatron_hooks import arguments, checkpoint
+    from mhc_megatron.megatron_hooks import arguments, checkpoint, monitor
 
-    return [*core, *optimizer.TRAINING_REBINDINGS, *arguments.REBINDINGS, *checkpoint.REBINDINGS]
+    training = [*optimizer.TRAINING_REBINDINGS, *arguments.REBINDINGS, *checkpoint.REBINDINGS, *monitor.REBINDINGS]
+    return [*core, *training]
