@@ -16,7 +16,7 @@ from mhc_megatron.plan.schedule import Schedule, exchange, step_times
 from mhc_megatron.plan.traffic import boundary_bytes, chunk_seconds, kernel_traffic
 
 MODES = ("residual", "mhc", "recompute")
-KINDS = ("residual", "wide-waits", "wide", "split")
+KINDS = ("residual", "wide-stock", "wide", "split")
 
 
 def plan(

@@ -121,7 +121,7 @@ class Result:
 def exchange(kind: str, hidden: float, streams: int, tokens: float) -> dict[str, float | bool]:
     """What crosses a boundary with one kind of communication, as fields of a `Schedule`.
 
-    kind: ``residual`` (C a token), ``wide-waits`` (n*C, as stock Megatron would send it), ``wide`` (n*C, no send waits),
+    kind: ``residual`` (C a token), ``wide-stock`` (n*C, as stock Megatron would send it), ``wide`` (n*C, no send waits),
     ``split`` (C and H_post, n float32, on the schedule; n*C on the side channel). hidden: bytes of C values of all
     ``tokens`` of a microbatch.
 
@@ -130,11 +130,11 @@ def exchange(kind: str, hidden: float, streams: int, tokens: float) -> dict[str,
     """
     if kind == "residual":
         return {"transfer": hidden, "send_waits": True}
-    if kind in ("wide", "wide-waits"):
-        return {"transfer": streams * hidden, "send_waits": kind == "wide-waits"}
+    if kind in ("wide", "wide-stock"):
+        return {"transfer": streams * hidden, "send_waits": kind == "wide-stock"}
     if kind == "split":
         return {"transfer": hidden + 4 * streams * tokens, "side": streams * hidden, "send_waits": False}
-    raise ValueError(f"no kind of pipeline communication {kind!r}; residual, wide-waits, wide and split exist")
+    raise ValueError(f"no kind of pipeline communication {kind!r}; residual, wide-stock, wide and split exist")
 
 
 def simulate(schedule: Schedule) -> Result:

@@ -284,7 +284,7 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert [stage["layers"] for stage in plan["stages"]] == [3, 3]
     assert plan["layout"]["microbatches"] == 8
     exposed = {row["kind"]: row["exposed"] for row in plan["pipeline"]}
-    assert 0 < exposed["split"] < exposed["wide"] < exposed["wide-waits"]
+    assert 0 < exposed["split"] < exposed["wide"] < exposed["wide-stock"]
     for stage in plan["stages"]:
         modes = stage["modes"]
         assert modes["residual"]["total"] < modes["recompute"]["total"] < modes["mhc"]["total"]

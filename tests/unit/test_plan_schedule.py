@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import json
 import random
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from mhc_megatron.plan.schedule import Schedule, exchange, simulate, step_times
 from tests import models
 from tests.ranks import run_ranks
 
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 FREE = {"transfer": 0.0, "bandwidth": 1.0}
 # overlap_p2p_comm, overlap_p2p_comm_warmup_flush
 MODES = [(True, True), (True, False), (False, False)]
@@ -113,16 +116,16 @@ def test_split_is_not_slower_than_wide() -> None:
         share, n = choose.uniform(0.1, 0.8), 4
         hidden = min(shape["forward"], shape["backward"]) * share * choose.uniform(0.05, 1) / n
         exposed = {}
-        for kind in ("residual", "wide-waits", "wide", "split"):
+        for kind in ("residual", "wide-stock", "wide", "split"):
             crossing: Any = exchange(kind, hidden, n, 0)
             schedule = Schedule(**shape, **crossing, forward_share=share, backward_share=share)
             exposed[kind] = simulate(schedule).exposed
-        assert exposed["split"] <= exposed["wide"] + 1e-9 <= exposed["wide-waits"] + 2e-9
-        assert exposed["wide-waits"] == pytest.approx(n * exposed["residual"], rel=0.5)
+        assert exposed["split"] <= exposed["wide"] + 1e-9 <= exposed["wide-stock"] + 2e-9
+        assert exposed["wide-stock"] == pytest.approx(n * exposed["residual"], rel=0.5)
 
 
 @pytest.mark.parametrize(("chunks", "group"), [(1, None), (2, None), (2, 5)])
-@pytest.mark.parametrize("kind", ["wide-waits", "split"])
+@pytest.mark.parametrize("kind", ["wide-stock", "split"])
 def test_long_steps(kind: str, chunks: int, group: int | None) -> None:
     """What is extrapolated is what the whole simulation gives."""
     crossing: Any = exchange(kind, 0.05, 4, 0)
@@ -137,6 +140,31 @@ def test_refused_shapes() -> None:
         simulate(Schedule(4, 3, 1.0, 1.0, **FREE, chunks=2))
     with pytest.raises(ValueError, match="no kind of pipeline communication 'narrow'"):
         exchange("narrow", 1.0, 4, 1)
+
+
+def test_benchmark_of_the_simulator(tmp_path: Path) -> None:
+    """The simulator's own results, as if they were measured, are found again."""
+    sys.path.insert(0, str(BENCHMARKS))
+    try:
+        import simulated
+    finally:
+        sys.path.remove(str(BENCHMARKS))
+    settings = {"microbatch": 1, "sequence": 4096, "layers": 8, "microbatches": 8, "gb_per_s": 36.0, "device": "none"}
+    for vpp in (1, 2, 4):
+        exposed = {}
+        for kind in ("residual", "wide-stock", "wide", "split"):
+            result = simulated.simulated(settings, vpp, kind, 0.4, 0.0, 0.38)
+            assert abs(result.free - 0.4) < 1e-9
+            exposed[kind] = result.exposed
+        assert 0 < exposed["residual"] < exposed["wide"] <= exposed["wide-stock"]
+        assert vpp == 1 or exposed["split"] < exposed["wide"]  # batched transfers hide nothing
+    rows = {
+        kind: {"step_ms": 400 + 1e3 * value, "exposed_ms": 1e3 * value, "local_ms": 400}
+        for kind, value in exposed.items()
+    }
+    written = tmp_path / "results.json"
+    written.write_text(json.dumps({"settings": settings, "results": {"4": rows}}))
+    simulated.main([str(written), "--latency", "0"])
 
 
 def _record(settings: dict[str, Any], microbatches: int) -> None:
