@@ -34,10 +34,10 @@ SHARED = """
 """
 # The paper's 27B layers with 16 of their experts: one GPU has the optimizer's states as well.
 MOE = """
---num-layers 6 --hidden-size 2560 --num-attention-heads 32 --ffn-hidden-size 12288 --vocab-size 129280
+--num-layers 8 --hidden-size 2560 --num-attention-heads 32 --ffn-hidden-size 12288 --vocab-size 32000
 --multi-latent-attention --kv-lora-rank 512 --qk-head-dim 128 --qk-pos-emb-head-dim 64 --v-head-dim 128 --no-rope-fusion
 --num-experts 16 --moe-router-topk 6 --moe-ffn-hidden-size 1536 --moe-shared-expert-intermediate-size 3072
---moe-layer-freq ([0]+[1]*5) --moe-grouped-gemm --moe-permute-fusion --moe-token-dispatcher-type alltoall
+--moe-layer-freq ([0]+[1]*7) --moe-grouped-gemm --moe-permute-fusion --moe-token-dispatcher-type alltoall
 --moe-router-score-function sigmoid --moe-router-dtype fp32 --moe-router-load-balancing-type none
 """
 DENSE = """
@@ -49,6 +49,7 @@ CONFIGURATIONS = {
     "moe residual": MOE,
     "moe mhc": MOE + MHC,
     "moe mhc recompute": MOE + RECOMPUTE,
+    "moe mhc, 129280 tokens to choose from": f"{MOE} {MHC} --num-layers 6 --moe-layer-freq ([0]+[1]*5) --vocab-size 129280",
     "dense residual": DENSE,
     "dense mhc": DENSE + MHC,
     "dense mhc recompute": DENSE + RECOMPUTE,
@@ -230,11 +231,14 @@ def show(result: dict[str, Any], seconds: float) -> None:
             f"{result['name']:36s} FAILED: {result['failure']}  ({seconds:.0f} s)\n{result.get('log', '')}", flush=True
         )
         return
-    measured, predicted = result["measured_gib"], result["predicted_gib"]
-    error = f"{(predicted / measured - 1) * 100:+6.1f} %" if measured else "       -"
+    measured, predicted, between = result["measured_gib"], result["predicted_gib"], result["between_gib"]
+    errors = "       -        -"
+    if measured:
+        above = measured - between  # of this, the activations
+        errors = f"{(predicted / measured - 1) * 100:+6.1f} % {(result['activations_gib'] / above - 1) * 100:+6.1f} %"
     print(
-        f"{result['name']:36s} {result['parameters'] / 1e9:8.3f} {result['static_gib']:8.2f} {result['between_gib']:8.2f} "
-        f"{predicted:10.2f} {measured:9.2f} {error}  {result['losses'][0]:.3f} -> {result['losses'][-1]:.3f}  ({seconds:.0f} s)",
+        f"{result['name']:38s} {result['parameters'] / 1e9:7.3f} {result['static_gib']:7.2f} {between:8.2f} {predicted:10.2f} "
+        f"{measured:9.2f} {errors}  {result['losses'][0]:.3f} -> {result['losses'][-1]:.3f}  ({seconds:.0f} s)",
         flush=True,
     )
 
@@ -254,10 +258,10 @@ def main(argv: list[str] | None = None) -> int:
             result = {"name": options.one, "failure": repr(error)[:300], "log": traceback.format_exc()[-3000:]}
         options.json.write_text(json.dumps(result))
         return 0
-    print(
-        f"{'peak memory of one GPU, GiB':36s} {'params':>8s} {'static':>8s} {'between':>8s} {'predicted':>10s} {'measured':>9s}"
-        "    error"
+    columns = (
+        f"{'params':>7s} {'static':>7s} {'between':>8s} {'predicted':>10s} {'measured':>9s}    error  activations"
     )
+    print(f"{'peak memory of one GPU, GiB':38s} {columns}", flush=True)
     results = []
     for name in options.configurations:
         started = time.monotonic()

@@ -121,18 +121,17 @@ def _attention(run: Run) -> list[Operation]:
     qkv = query + 2 * key + gate
     return [
         Operation("qkv", before_norms + gate, hidden, qkv, weight=_weight(run, config.hidden_size * qkv / each)),
-        *_core_attention(run, query, key, key),
+        _core_attention(run, query, key, key, query),
         Operation("projection", query, query, hidden, weight=_weight(run, config.hidden_size * query_width)),
     ]
 
 
-def _core_attention(run: Run, query: float, key: float, value: float) -> list[Operation]:
+def _core_attention(run: Run, query: float, key: float, value: float, output: float) -> Operation:
     """Keeps query, key, value and the statistics. Its output is kept by the projection, which needs it under any recompute."""
     statistics = run.tokens * run.config.num_attention_heads / run.tensor * 4
     qkv = query + key + value
-    output = query if value == key else value
     dq = 2 * query  # the backward adds dQ up in float32
-    return [Operation("core attention", qkv + statistics, qkv, output, backward=dq, modules=("core_attn",))]
+    return Operation("core attention", qkv + statistics, qkv, output, backward=dq, modules=("core_attn",))
 
 
 def _mla(run: Run) -> list[Operation]:
@@ -145,8 +144,7 @@ def _mla(run: Run) -> list[Operation]:
     compressed = down * run.residual_tokens * run.value
     up = config.kv_lora_rank * (config.qk_head_dim + config.v_head_dim)
     up += (config.q_lora_rank or config.hidden_size) * head
-    core = _core_attention(run, query, key, value)[0]
-    core = replace(core, output=value)
+    core = _core_attention(run, query, key, value, value)
     projection = Operation("up projection", 0, compressed, query + key + value, weight=_weight(run, up * heads))
     if "mla_up_proj" in recompute_modules(config):  # then they are this operation's to compute again
         qkv = query + key + value
