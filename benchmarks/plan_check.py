@@ -258,9 +258,7 @@ def main(argv: list[str] | None = None) -> int:
             result = {"name": options.one, "failure": repr(error)[:300], "log": traceback.format_exc()[-3000:]}
         options.json.write_text(json.dumps(result))
         return 0
-    columns = (
-        f"{'params':>7s} {'static':>7s} {'between':>8s} {'predicted':>10s} {'measured':>9s}    error  activations"
-    )
+    columns = f"{'params':>7s} {'static':>7s} {'between':>8s} {'predicted':>10s} {'measured':>9s}    error  activations"
     print(f"{'peak memory of one GPU, GiB':38s} {columns}", flush=True)
     results = []
     for name in options.configurations:

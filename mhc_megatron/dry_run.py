@@ -3,7 +3,7 @@
 `parse` runs Megatron's own parser, its argument validation and its TransformerConfig checks as rank 0 of a pretended
 world. Nothing is built, no process group and no GPU is needed. What the checks ask of the machine is answered for one
 that Megatron supports: Hopper's compute capability, and where Transformer Engine is not installed, a current version of
-it. (Nothing stays changed after `parse`.)
+it. None of that stays after `parse`; the hooks of `mhc_megatron.enable` do.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import contextlib
 import io
 import os
 import sys
+import types
 from collections.abc import Iterator, Sequence
 from typing import Any
 from unittest import mock
@@ -89,6 +90,8 @@ def _pretended_machine(arguments: Sequence[str], world_size: int) -> Iterator[io
         stack.enter_context(mock.patch.dict(os.environ, environment))
         stack.enter_context(mock.patch.object(sys, "argv", [sys.argv[0], *arguments]))
         if not torch.cuda.is_available():
+            properties = types.SimpleNamespace(major=COMPUTE_CAPABILITY[0], minor=COMPUTE_CAPABILITY[1])
+            stack.enter_context(mock.patch.object(torch.cuda, "get_device_properties", return_value=properties))
             stack.enter_context(mock.patch.object(torch.cuda, "get_device_capability", return_value=COMPUTE_CAPABILITY))
         if version == utils.PkgVersion("0.0.0"):
             stack.enter_context(mock.patch.object(utils, "_te_version", utils.PkgVersion(TRANSFORMER_ENGINE)))

@@ -342,13 +342,18 @@ def test_parse_leaves_no_trace(monkeypatch: pytest.MonkeyPatch) -> None:
     assert before == (sys.argv, get_te_version(), moe_utils.fused_permute, torch.cuda.get_device_capability)
 
 
+@pytest.mark.parametrize(
+    "launch",
+    [LAUNCH, [*DENSE_LAUNCH, *"--tensor-model-parallel-size 2 --sequence-parallel --context-parallel-size 2".split()]],
+)
 @pytest.mark.usefixtures("no_hooks_left")
-def test_compute_agrees_with_megatron() -> None:
-    """Megatron's own count of a step's operations, forward and backward, for a dense and a MoE model."""
+def test_compute_agrees_with_megatron(launch: list[str]) -> None:
+    """Megatron's own count of a step's operations, forward and backward, for a MoE model with MLA and a dense one."""
     from megatron.training.training import num_floating_point_operations
 
-    args, config = parse(LAUNCH, 8)
+    args, config = parse(launch, 8)
     run = Run.from_arguments(args, config)
     forward = sum(chunk_flops(run, chunk)[0] for stage in run.chunks() for chunk in stage)
+    forward *= args.tensor_model_parallel_size * args.context_parallel_size
     assert 3 * forward == pytest.approx(num_floating_point_operations(args, args.micro_batch_size), rel=0.02)
-    assert active_count(run).total < model_count(run).total
+    assert (active_count(run).total < model_count(run).total) == bool(config.num_moe_experts)
