@@ -26,13 +26,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     pretrain.add_argument("arguments", nargs=argparse.REMAINDER, help="its arguments, and --enable-mhc")
 
     from mhc_megatron.monitor import report
+    from mhc_megatron.plan import command as plan
     from mhc_megatron.quickstart import command as quickstart
     from mhc_megatron.stability import command as stability
 
-    modules = {"quickstart": quickstart, "report": report, "stability": stability}
+    modules = {"quickstart": quickstart, "plan": plan, "report": report, "stability": stability}
     for module in modules.values():
         module.add_parser(commands)
-    options = parser.parse_args(argv)
+    # `plan` takes Megatron's arguments among its own, in whatever order; argparse.REMAINDER would stop at the first option.
+    options, options_of_megatron = parser.parse_known_args(argv)
+    if options.command == "plan":
+        options.arguments = options_of_megatron
+    elif options_of_megatron:
+        parser.error(f"unrecognized arguments: {' '.join(options_of_megatron)}")
     return _pretrain(options) if options.command == "pretrain" else modules[options.command].run(options)
 
 
