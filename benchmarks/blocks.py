@@ -1,4 +1,5 @@
-"""The transformer blocks that `overhead.py` times: shapes, and the kinds of residual connection they are built with."""
+"""The transformer blocks that `overhead.py` and `pipeline.py` time: shapes, and the kinds of residual connection they are built
+with."""
 
 from __future__ import annotations
 
@@ -7,6 +8,7 @@ from typing import Any
 import torch
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+from megatron.core.parallel_state import is_pipeline_first_stage, is_pipeline_last_stage
 from megatron.core.transformer import MLATransformerConfig, TransformerConfig
 from megatron.core.transformer.module import Float16Module
 
@@ -93,8 +95,39 @@ KINDS: dict[str, MHCConfig | None] = {
 }
 
 
+PIPELINE_KINDS: dict[str, MHCConfig | None] = {
+    "residual": None,
+    "wide-stock": MHCConfig(pipeline_comm="wide"),
+    "wide": MHCConfig(pipeline_comm="wide"),
+    "split": MHCConfig(pipeline_comm="split"),
+}
+
+
 def build(shape: str, kind: str, layers: int, sequence: int, tiny: bool) -> torch.nn.Module:
     """A GPTModel of one of SHAPES: Transformer Engine in bf16, or tiny, local and float32."""
+    config = _config(shape, layers, tiny, {})
+    return _model(config, KINDS[kind], sequence, tiny)
+
+
+def build_chunks(kind: str, vpp: int, layers: int, sequence: int, tiny: bool) -> tuple[list[torch.nn.Module], Any]:
+    """This rank's chunks of a 27B-shaped model on two stages, and their config, as Megatron's arguments would have it."""
+    dtype = torch.float32 if tiny else torch.bfloat16
+    settings: dict[str, Any] = {
+        "pipeline_model_parallel_size": 2,
+        "pipeline_dtype": dtype,
+        "deallocate_pipeline_outputs": True,
+        "moe_router_force_load_balancing": True,
+        "batch_p2p_comm": vpp == 1,
+    }
+    if vpp > 1:
+        settings |= {"virtual_pipeline_model_parallel_size": vpp, "overlap_p2p_comm": True}
+        settings |= {"microbatch_group_size_per_vp_stage": 2}
+    config = _config("27b", layers, tiny, settings)
+    stages = range(vpp) if vpp > 1 else [None]
+    return [_model(config, PIPELINE_KINDS[kind], sequence, tiny, stage) for stage in stages], config
+
+
+def _config(shape: str, layers: int, tiny: bool, pipeline: dict[str, Any]) -> TransformerConfig:
     settings: dict[str, Any] = {
         "num_layers": layers,
         "normalization": "RMSNorm",
@@ -110,17 +143,32 @@ def build(shape: str, kind: str, layers: int, sequence: int, tiny: bool) -> torc
         "masked_softmax_fusion": not tiny,
         "persist_layer_norm": not tiny,
         **SHAPES[shape],
+        **pipeline,
     }
     if "num_moe_experts" in settings:
         settings["moe_layer_freq"] = [0] + [1] * (layers - 1)
     if tiny:
         settings |= {name: value for name, value in _TINY.items() if name in settings}
-    torch.manual_seed(0)
     mla = settings.get("multi_latent_attention", False)
-    config = (MLATransformerConfig if mla else TransformerConfig)(**settings)
-    spec = get_gpt_decoder_block_spec(config, use_transformer_engine=not tiny)
-    mhc_config = KINDS[kind]
+    return (MLATransformerConfig if mla else TransformerConfig)(**settings)
+
+
+def _model(
+    config: TransformerConfig, mhc_config: MHCConfig | None, sequence: int, tiny: bool, vp_stage: int | None = None
+) -> torch.nn.Module:
+    torch.manual_seed(0)
+    spec = get_gpt_decoder_block_spec(config, use_transformer_engine=not tiny, vp_stage=vp_stage)
     if mhc_config is not None:
         spec = to_mhc_spec(spec, mhc_config)
-    model = GPTModel(config, spec, VOCABULARY, sequence, position_embedding_type="rope")
+    model = GPTModel(
+        config,
+        spec,
+        VOCABULARY,
+        sequence,
+        pre_process=is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
+        post_process=is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
+        position_embedding_type="rope",
+        share_embeddings_and_output_weights=False,
+        vp_stage=vp_stage,
+    )
     return model if tiny else Float16Module(config, model.cuda())

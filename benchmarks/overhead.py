@@ -165,10 +165,11 @@ def show(options: argparse.Namespace, layers: int, results: dict[str, dict[str, 
                 print(f"    {ms:8.2f} ms {count:5.0f}  {name[:90]}")
 
 
-def _start_megatron(tiny: bool) -> None:
+def start_megatron(tiny: bool) -> None:
+    """Megatron's process groups for this process; on a CPU only if tiny."""
     if not torch.cuda.is_available():
         if not tiny:
-            raise SystemExit("benchmarks/overhead.py: no GPU; --tiny runs it on the CPU, to try it")
+            raise SystemExit("this benchmark needs a GPU; --tiny runs it on the CPU, to try it")
         from mhc_megatron import cpu
 
         cpu.install()
@@ -196,7 +197,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--tiny", action="store_true", help="small sizes, local modules: to try the benchmark on a CPU")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args(arguments)
-    _start_megatron(options.tiny)
+    start_megatron(options.tiny)
     from blocks import LAYERS
 
     counts = options.layers or [LAYERS[options.shape]]

@@ -35,6 +35,7 @@ source "$EXAMPLES/models/$SIZE.sh"
 : "${NNODES:=8}" "${GPUS_PER_NODE:=8}" "${TP:=1}" "${CP:=1}" "${ETP:=1}" "${PIPELINE_LAYOUT:=}"
 : "${SEQ_LEN:=4096}" "${VOCAB_SIZE:=129280}"
 : "${MODE:=mhc}" "${STREAMS:=4}" "${SINKHORN_ITERATIONS:=20}" "${MHC_INIT:=preserve}" "${MHC_BACKEND:=auto}"
+: "${PIPELINE_COMM:=auto}" "${MONITOR_INTERVAL:=100}"
 : "${RECOMPUTE:=none}" "${MHC_RECOMPUTE:=auto}" "${GRADIENT_ACCUMULATION_FUSION:=0}"
 : "${MOCK_DATA:=0}" "${DATA_PATH:=}" "${SPLIT:=99,1,0}" "${TOKENIZER_TYPE:=HuggingFaceTokenizer}" "${TOKENIZER_MODEL:=}"
 : "${CHECKPOINTS:=$PWD/checkpoints/$SIZE-$MODE}" "${SAVE_INTERVAL:=500}" "${DATA_CACHE:=$CHECKPOINTS/data-cache}"
@@ -47,6 +48,7 @@ for name in NNODES GPUS_PER_NODE TP CP PP VPP EP ETP MICRO_BATCH GLOBAL_BATCH SE
     whole "$name" 1
 done
 whole EVAL_ITERS 0
+whole MONITOR_INTERVAL 0
 whole MAX_RESTARTS 0
 [[ -z $EXIT_AFTER_MINUTES ]] || whole EXIT_AFTER_MINUTES 1
 [[ $LEARNING_RATE =~ ^[0-9.]+([eE][-+]?[0-9]+)?$ ]] || fail "LEARNING_RATE must be a positive number, got '$LEARNING_RATE'"
@@ -186,6 +188,7 @@ if [[ $MODE != residual ]]; then
     MHC=(
         --enable-mhc --mhc-mode "$MODE" --mhc-num-streams "$STREAMS" --mhc-sinkhorn-iterations "$SINKHORN_ITERATIONS"
         --mhc-init "$MHC_INIT" --mhc-init-alpha 0.01 --mhc-backend "$MHC_BACKEND"
+        --mhc-pipeline-comm "$PIPELINE_COMM" --mhc-monitor-interval "$MONITOR_INTERVAL"
     )
     # Off where it has no effect: without the Triton kernels and under full recompute.
     if [[ $MHC_RECOMPUTE == auto ]]; then
@@ -225,7 +228,7 @@ dry_run() {
     printf '%q ' "$@" "${LAUNCHER[@]}" "$PRETRAIN_SCRIPT" "${ARGUMENTS[@]}"
     printf '\n\n'
     "$PYTHON" -m mhc_megatron check --world-size "$WORLD_SIZE" "${ARGUMENTS[@]}"
-    if "$PYTHON" -m mhc_megatron --help | grep -qw plan; then
-        "$PYTHON" -m mhc_megatron plan --world-size "$WORLD_SIZE" "${ARGUMENTS[@]}"
-    fi
+    echo
+    # It covers what runs on GPUs: Transformer Engine's modules.
+    ((CPU)) || "$PYTHON" -m mhc_megatron plan --world-size "$WORLD_SIZE" "${ARGUMENTS[@]}"
 }

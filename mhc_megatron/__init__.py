@@ -8,10 +8,11 @@ from mhc_megatron.config import MHCConfig
 
 if TYPE_CHECKING:
     from mhc_megatron.megatron_hooks import disable, enable
+    from mhc_megatron.monitor.monitor import Monitor
     from mhc_megatron.spec import to_mhc_spec
 
 __version__ = "0.1.0"
-__all__ = ["MHCConfig", "disable", "enable", "to_mhc_spec"]
+__all__ = ["MHCConfig", "Monitor", "disable", "enable", "to_mhc_spec"]
 
 
 def __getattr__(name: str) -> Any:
@@ -20,6 +21,10 @@ def __getattr__(name: str) -> Any:
         from mhc_megatron.spec import to_mhc_spec
 
         return to_mhc_spec
+    if name == "Monitor":
+        from mhc_megatron.monitor.monitor import Monitor
+
+        return Monitor
     if name in ("enable", "disable"):
         from mhc_megatron import megatron_hooks
 

@@ -27,20 +27,28 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     from mhc_megatron import check
     from mhc_megatron.doctor import command as doctor
+    from mhc_megatron.monitor import report
+    from mhc_megatron.plan import command as plan
     from mhc_megatron.quickstart import command as quickstart
+    from mhc_megatron.stability import command as stability
 
-    modules = {"quickstart": quickstart, "check": check, "doctor": doctor}
+    modules = {
+        "quickstart": quickstart,
+        "check": check,
+        "plan": plan,
+        "report": report,
+        "stability": stability,
+        "doctor": doctor,
+    }
     for module in modules.values():
         module.add_parser(commands)
-    # `check` takes Megatron's arguments after its own, in whatever order; argparse.REMAINDER would stop at the first option.
+    # These take Megatron's arguments among their own, in whatever order; argparse.REMAINDER would stop at the first option.
     options, options_of_megatron = parser.parse_known_args(argv)
-    if options.command == "check":
+    if options.command in ("check", "plan"):
         options.arguments = options_of_megatron
     elif options_of_megatron:
         parser.error(f"unrecognized arguments: {' '.join(options_of_megatron)}")
-    if options.command in modules:
-        return modules[options.command].run(options)
-    return _pretrain(options)
+    return _pretrain(options) if options.command == "pretrain" else modules[options.command].run(options)
 
 
 def _pretrain(options: argparse.Namespace) -> int:

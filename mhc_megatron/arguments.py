@@ -21,7 +21,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     group = parser.add_argument_group("manifold-constrained hyper-connections (mhc-megatron)")
     group.add_argument("--enable-mhc", action="store_true", help="replace the residual connections by mHC")
     for field in dataclasses.fields(MHCConfig):
-        name, help_ = flag(f"mhc_{field.name}"), f"{field.metadata['help']} (default: {field.default})"
+        name, help_ = flag(f"mhc_{field.name}"), field.metadata["help"]
+        if field.default != "":
+            help_ += f" (default: {field.default})"
         if isinstance(field.default, bool):
             group.add_argument(name, action="store_true", help=help_)
         else:

@@ -10,9 +10,12 @@ import logging
 import sys
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mhc_megatron.dry_run import LaunchError, parse
+
+if TYPE_CHECKING:
+    from mhc_megatron.plan.run import Chunk, Run
 
 
 def add_parser(commands: Any) -> None:
@@ -37,9 +40,9 @@ def run(options: argparse.Namespace) -> int:
     try:
         with contextlib.redirect_stderr(told):  # every argument's value, and Megatron's warnings
             args, config = parse(options.arguments, options.world_size)
-        chunks = layers_of_chunks(args, config)
-        microbatches = _microbatches(args, config)
-        parameters = _parameters(args, config)
+        planned = _run(args, config, _microbatches(args, config))
+        with _refusals("the layers can't be split over the pipeline"):
+            stages = planned.chunks()
         _process_groups(args)
         _data(args)
         _tokenizer(args)
@@ -48,48 +51,19 @@ def run(options: argparse.Namespace) -> int:
         reasons = [line.partition(": error: ")[2] for line in told.getvalue().splitlines() if ": error: " in line]
         print(f"check: FAILED: {'; '.join(reasons) or error}", file=sys.stderr)
         return 1
-    print(
-        f"check: megatron-core {importlib.metadata.version('megatron-core')} accepts these arguments on {options.world_size} GPUs"
-    )
-    print(parameters)
-    print(f"  data-parallel {args.data_parallel_size}, {microbatches} microbatches a step")
-    for stage, layers in enumerate(chunks):
-        print(f"  pipeline stage {stage}: layers {' | '.join(_ranges(chunk) for chunk in layers)}")
+    version = importlib.metadata.version("megatron-core")
+    print(f"check: megatron-core {version} accepts these arguments on {options.world_size} GPUs")
+    print(_model(planned))
+    print(f"  data-parallel {args.data_parallel_size}, {planned.microbatches} microbatches a step")
+    for stage, chunks in enumerate(stages):
+        print(f"  pipeline stage {stage}: layers {' | '.join(map(_layers, chunks))}")
     return 0
 
 
-def layers_of_chunks(args: Any, config: Any) -> list[list[range]]:
-    """The layers (from 1) of every pipeline stage's chunks, as Megatron will build them.
-
-    Raises:
-        LaunchError: if Megatron can't split the layers so.
-    """
-    from megatron.core.transformer.enums import LayerType
-    from megatron.core.transformer.transformer_block import get_num_layers_to_build
-    from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
-
-    stages = range(args.pipeline_model_parallel_size)
-    chunks = range(args.virtual_pipeline_model_parallel_size or 1)
-    layout = config.pipeline_model_parallel_layout
-
-    def layers(stage: int, chunk: int) -> range:
-        vp_stage = chunk if len(chunks) > 1 else None
-        if layout is not None:
-            count = layout.layout[stage][chunk].count(LayerType.decoder)
-            offset = sum(
-                layout.layout[s][c].count(LayerType.decoder) for c in chunks for s in stages if (c, s) < (chunk, stage)
-            )
-        else:
-            count = get_num_layers_to_build(config, vp_stage, stage)
-            offset = get_transformer_layer_offset(config, vp_stage, stage)
-        return range(offset + 1, offset + 1 + count)
-
-    with _refusals("the layers can't be split over the pipeline"):
-        return [[layers(stage, chunk) for chunk in chunks] for stage in stages]
-
-
-def _ranges(layers: range) -> str:
-    return "none" if not layers else str(layers[0]) if len(layers) == 1 else f"{layers[0]}-{layers[-1]}"
+def _layers(chunk: Chunk) -> str:
+    """From 1, as Megatron numbers them."""
+    first, last = chunk.first_layer + 1, chunk.first_layer + chunk.layers
+    return "none" if not chunk.layers else str(first) if first == last else f"{first}-{last}"
 
 
 def _microbatches(args: Any, config: Any) -> int:
@@ -164,29 +138,39 @@ def _tokenizer(args: Any) -> None:
         )
 
 
-def _parameters(args: Any, config: Any) -> str:
+def _run(args: Any, config: Any, microbatches: int) -> Run:
+    """What the planner makes of it, for counts and layers: also of models whose memory it does not plan."""
     from mhc_megatron.arguments import config_from_args
-    from mhc_megatron.parameter_count import count_parameters
+    from mhc_megatron.plan.run import Run
 
-    try:
-        counts = count_parameters(
-            config,
-            args.padded_vocab_size,
-            config_from_args(args),
-            tied_embeddings=not args.untie_embeddings_and_output_weights,
-            learned_positions=args.max_position_embeddings if args.position_embedding_type == "learned_absolute" else 0,
-        )
-    except NotImplementedError as error:
-        return f"  {config.num_layers} layers; {error}"
-    except ValueError as error:
-        raise LaunchError(str(error)) from error
-    return (
-        f"  {config.num_layers} layers, {_short(counts.total)} parameters, {_short(counts.active)} active a token, "
-        f"{_short(counts.mhc)} of them mHC's"
+    pattern = config.moe_layer_freq
+    if config.num_moe_experts and not isinstance(pattern, int) and len(pattern) != config.num_layers:
+        raise LaunchError(f"--moe-layer-freq has {len(pattern)} entries, the model {config.num_layers} layers")
+    return Run(
+        config=config,
+        mhc=config_from_args(args),
+        world_size=args.world_size,
+        sequence=args.seq_length,
+        micro_batch=args.micro_batch_size,
+        microbatches=microbatches,
+        vocabulary=args.padded_vocab_size,
+        tied=not args.untie_embeddings_and_output_weights,
+        learned_positions=args.max_position_embeddings if args.position_embedding_type == "learned_absolute" else 0,
     )
 
 
-def _short(count: int) -> str:
+def _model(run: Run) -> str:
+    from mhc_megatron.plan.parameters import active_count, model_count
+
+    whole, active = model_count(run), active_count(run)
+    beside = " (beside its MTP layers)" if run.config.mtp_num_layers else ""
+    return (
+        f"  {run.config.num_layers} layers, {_short(whole.total)} parameters{beside}, {_short(active.total)} active a token, "
+        f"{_short(whole.mhc)} of them mHC's"
+    )
+
+
+def _short(count: float) -> str:
     return f"{count / 1e9:.2f}B" if count >= 1e9 else f"{count / 1e6:.3g}M"
 
 

@@ -10,6 +10,7 @@ MODES = ("mhc", "hc")
 PROFILES = ("paper", "deepseek-v4")
 INITS = ("preserve", "paper")
 BACKENDS = ("auto", "triton", "reference")
+PIPELINE_COMMS = ("auto", "wide", "split")
 
 # Fields that change what a trained model computes: a checkpoint fits only a model with the same values.
 FUNCTIONAL_FIELDS = ("num_streams", "mode", "profile", "sinkhorn_iterations", "eps")
@@ -63,9 +64,32 @@ class MHCConfig:
     recompute_sublayers: int = _option(
         0, "sublayers (two a layer) that share one kept set of streams under recompute; 0: what needs the least memory"
     )
+    pipeline_comm: str = _option(
+        "auto",
+        "pipeline transfers: wide: all streams, after a chunk's last sublayer; split: H_res x on a side channel while that "
+        "sublayer runs, its output after it; auto: wide",
+        PIPELINE_COMMS,
+    )
+
+    monitor_interval: int = _option(
+        100,
+        "log the gains of the mappings every so many iterations, and at the first one; 0: never (`report` draws them)",
+    )
+    monitor_tokens: int = _option(256, "tokens that are sampled for it, evenly spaced in the step's first microbatch")
+    monitor_band: float = _option(3.0, "warn, with the layer's number, when a gain leaves [1/band, band]")
+    monitor_dir: str = _option(
+        "", "folder for mhc-monitor.jsonl (default: that of --save, else of --tensorboard-dir; else no file)"
+    )
 
     def __post_init__(self) -> None:
-        for name, lowest in (("num_streams", 1), ("sinkhorn_iterations", 1), ("recompute_sublayers", 0)):
+        lowest_values = {
+            "num_streams": 1,
+            "sinkhorn_iterations": 1,
+            "recompute_sublayers": 0,
+            "monitor_interval": 0,
+            "monitor_tokens": 1,
+        }
+        for name, lowest in lowest_values.items():
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < lowest:
                 raise ValueError(f"MHCConfig.{name} must be an integer >= {lowest}, got {value!r}")
@@ -78,6 +102,10 @@ class MHCConfig:
         if self.init_alpha == 0:
             # phi's gradient is proportional to alpha: with both at zero it would stay there.
             raise ValueError("MHCConfig.init_alpha must not be 0: phi would get no gradient")
+        if not self.monitor_band > 1:
+            raise ValueError(
+                f"MHCConfig.monitor_band must be > 1, got {self.monitor_band!r}: gains outside [1/band, band] are reported"
+            )
         if self.recompute_sublayers and not self.recompute:
             raise ValueError(
                 f"MHCConfig.recompute_sublayers {self.recompute_sublayers} has no effect without MHCConfig.recompute; "

@@ -25,7 +25,7 @@ from mhc_megatron.config import MHCConfig
 from mhc_megatron.residual.add import hyper_connection_add
 from mhc_megatron.residual.entry_exit import StreamEntry, StreamExit
 from mhc_megatron.residual.input import HyperConnectionInput
-from mhc_megatron.residual.layer import hyper_connection_layer
+from mhc_megatron.residual.layer import StreamEntryLayer, hyper_connection_layer
 
 # Ahead of a layer spec's own map, whose "input_layernorm." entry would catch these keys too.
 _CHECKPOINT_KEYS = {
@@ -72,7 +72,7 @@ def _block(block: TransformerBlockSubmodules, mhc_config: MHCConfig) -> Transfor
     layers = [_layer(layer, mhc_config, contract_after_last=False) for layer in block.layer_specs or []]
     if not layers:
         entry = functools.partial(StreamEntry, mhc_config)
-        layers = [ModuleSpec(TransformerLayer, submodules=TransformerLayerSubmodules(input_layernorm=entry))]
+        layers = [ModuleSpec(StreamEntryLayer, submodules=TransformerLayerSubmodules(input_layernorm=entry))]
     exit_ = functools.partial(StreamExit, block.layer_norm or IdentityOp, mhc_config)
     return dataclasses.replace(block, layer_specs=layers, layer_norm=exit_)
 

@@ -108,12 +108,18 @@ def one_step(models: list[torch.nn.Module], config: TransformerConfig) -> list[f
     Returns:
         the losses of all microbatches in order, on ranks of the last stage (of this data-parallel rank's share).
     """
-    wrapped = [wrap(model, config) for model in models]
+    return step([wrap(model, config) for model in models], config, range(MICROBATCHES))
+
+
+def step(
+    wrapped: list[torch.nn.Module], config: TransformerConfig, microbatches: range, forward_only: bool = False
+) -> list[float]:
+    """As `one_step`, of chunks in Megatron's DDP and of these microbatches."""
     for chunk in wrapped:
         chunk.zero_grad_buffer()
     config.finalize_model_grads_func = finalize_model_grads
     dp_size, dp_rank = parallel_state.get_data_parallel_world_size(), parallel_state.get_data_parallel_rank()
-    mine = range(dp_rank, MICROBATCHES, dp_size)
+    mine = microbatches[dp_rank::dp_size]
     iterators = [iter([tokens(i) for i in mine]) for _ in wrapped]
 
     def forward_step(iterator: Any, model: torch.nn.Module) -> Any:
@@ -127,7 +133,7 @@ def one_step(models: list[torch.nn.Module], config: TransformerConfig) -> list[f
         num_microbatches=len(mine),
         seq_length=SEQUENCE,
         micro_batch_size=MICROBATCH,
-        forward_only=False,
+        forward_only=forward_only,
     )
     return [float(result["loss"]) for result in results]
 

@@ -14,7 +14,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
+from megatron.core.pipeline_parallel import schedules
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+import mhc_megatron
 
 RANK_TIMEOUT = 120  # seconds; a rank that hangs prints its stack and fails the test
 
@@ -47,9 +50,15 @@ def single_process(folder: Path) -> Iterator[None]:
     store.unlink(missing_ok=True)
 
 
-def _rank_main(rank: int, world: int, store: Path, function: Callable[..., None], layout: dict, kwargs: dict) -> None:
+def _rank_main(
+    rank: int, world: int, store: Path, function: Callable[..., None], layout: dict, kwargs: dict, hooked: bool
+) -> None:
     faulthandler.dump_traceback_later(RANK_TIMEOUT, exit=True, file=sys.stderr)
     torch.set_num_threads(1)
+    if torch.cuda.is_available():
+        torch.cuda.set_device(rank)
+    if hooked:
+        mhc_megatron.enable()
     try:
         with _groups(store, rank, world, **layout):
             function(**kwargs)
@@ -61,9 +70,13 @@ def _rank_main(rank: int, world: int, store: Path, function: Callable[..., None]
 def run_ranks(
     function: Callable[..., None], world: int, scratch: Path, layout: dict | None = None, **kwargs: Any
 ) -> None:
-    """Run ``function(**kwargs)`` in ``world`` forked ranks with Megatron groups for ``layout``; raise if one fails."""
+    """Run ``function(**kwargs)`` in ``world`` ranks with Megatron groups for ``layout``; raise if one fails.
+
+    They are forked: quick, and they inherit the CPU host. With GPUs they are started afresh, as CUDA wants it.
+    """
     store = scratch / "ranks"
     store.unlink(missing_ok=True)
-    torch.multiprocessing.start_processes(
-        _rank_main, (world, store, function, layout or {}, kwargs), nprocs=world, start_method="fork"
-    )
+    hooked = hasattr(schedules.P2PCommunicator, "__wrapped__")
+    method = "spawn" if torch.cuda.is_available() else "fork"
+    arguments = (world, store, function, layout or {}, kwargs, hooked)
+    torch.multiprocessing.start_processes(_rank_main, arguments, nprocs=world, start_method=method)

@@ -8,7 +8,7 @@ the same shapes.
 from __future__ import annotations
 
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -91,16 +91,43 @@ def _float32(tensor: Tensor) -> Tensor:
     return tensor if tensor.dtype == torch.float32 else tensor.float()
 
 
-_TRITON_CALLS: dict[tuple, Any] = {}
-"""Settings of the calls of `boundary` and `connect` that passed all checks and go to Triton, by what was checked: they are
-in every layer."""
+class _Checked(NamedTuple):
+    """A call of `boundary` or `connect` that passed all checks and goes to Triton."""
+
+    settings: Any
+    casts: bool
+    """Whether some tensor is not of the dtype that the kernels read."""
+    norm: tuple[Any, bool]
+    """What the kernels do of a norm, and whether it comes after them (they have no room for it if n > 4)."""
+    call: Any
+    """What runs it past the dispatcher; None if it is compiled."""
 
 
-def _remember(key: tuple, settings: Any) -> None:
-    if not torch.compiler.is_compiling():
-        if len(_TRITON_CALLS) >= 4096:  # sequences of many lengths
-            _TRITON_CALLS.clear()
-        _TRITON_CALLS[key] = settings
+_CHECKED: dict[tuple, _Checked] = {}
+"""By what was checked: the same calls are in every layer."""
+
+
+def _checked(
+    key: tuple, x: Tensor, n: int, flat: bool, norm: RMSNorm | None, mixes: bool, biased: bool, dropout_p: float, casts: bool,
+    settings: Any,
+) -> _Checked:  # fmt: skip
+    """The call, remembered unless it is compiled. Its checks are done."""
+    functions = _functions()
+    fuses = norm is not None and n <= FUSED_NORM_STREAMS
+    kernels_norm = functions.Norm(norm.eps, norm.centered) if norm is not None and fuses else functions.NO_NORM
+    later = norm is not None and not fuses
+    if torch.compiler.is_compiling():
+        return _Checked(settings, casts, (kernels_norm, later), None)
+    shape = x.shape if flat else torch.Size((*x.shape[:-2], x.shape[-2] * x.shape[-1]))
+    gamma = norm.weight.dtype if norm is not None and fuses else None
+    mixing = (mixes, biased, dropout_p > 0, float(dropout_p))
+    call = functions.forward_call(
+        shape, n, x.dtype, x.get_device(), functions.ForwardOptions(*mixing, True, *settings, gamma, *kernels_norm)
+    )
+    if len(_CHECKED) >= 4096:  # sequences of many lengths
+        _CHECKED.clear()
+    checked = _CHECKED[key] = _Checked(settings, casts, (kernels_norm, later), call)
+    return checked
 
 
 def mix(
@@ -199,6 +226,9 @@ def connect(
         profile,
         mode,
         x.dtype,
+        phi.dtype,
+        alpha.dtype,
+        bias.dtype,
         x.get_device(),  # an index: quicker to hash than a device
         phi.get_device(),
         alpha.get_device(),
@@ -207,11 +237,12 @@ def connect(
         phi.shape,
         alpha.shape,
         bias.shape,
-        _norm_key(norm),
+        None if norm is None else _norm_key(norm),
     )
-    settings = None if torch.compiler.is_compiling() else _TRITON_CALLS.get(key)
-    if settings is None:
-        streams = _unflatten(x, reference.streams_of(bias), flat)
+    checked = None if torch.compiler.is_compiling() else _CHECKED.get(key)
+    if checked is None:
+        n = reference.streams_of(bias)
+        streams = _unflatten(x, n, flat)
         reference.check_mappings(streams, phi, alpha, bias, iterations, profile, mode)
         check_same_device(x=x, phi=phi, alpha=alpha, bias=bias)
         _check_norm(norm, x, streams.shape[-1])
@@ -222,31 +253,41 @@ def connect(
             u = reference.aggregate(streams, pre)
             return x, u if norm is None else norm(u), post, res
         settings = _settings(iterations, eps, profile, mode)
-        _remember(key, settings)
-    check_contiguous(x=x, phi=phi, alpha=alpha, bias=bias)
-    own = (_float32(phi), _float32(alpha), _float32(bias))
-    fused, later = _split_norm(norm, reference.streams_of(bias))
-    out, u, post, res = _functions().apply_connect(x if flat else x.flatten(-2), *own, settings, accumulate, *fused)
-    return _same_form(out, x), u if later is None else later(u), post, res
+        casts = not _all_float32(phi, alpha, bias)
+        checked = _checked(key, x, n, flat, norm, False, False, 0.0, casts, settings)
+    if not (x.is_contiguous() and phi.is_contiguous() and alpha.is_contiguous() and bias.is_contiguous()):
+        check_contiguous(x=x, phi=phi, alpha=alpha, bias=bias)
+    if checked.casts:
+        phi, alpha, bias = phi.float(), alpha.float(), bias.float()
+    kernels_norm, later = checked.norm
+    out, u, post, res = _functions().apply_connect(
+        x if flat else x.flatten(-2), phi, alpha, bias, checked.settings, accumulate, _weight(norm, later), kernels_norm,
+        checked.call,
+    )  # fmt: skip
+    return _same_form(out, x), u if norm is None or not later else norm(u), post, res
 
 
-def _norm_key(norm: RMSNorm | None) -> Any:
-    return None if norm is None else (norm.weight.shape, norm.weight.dtype, norm.weight.device, norm.eps, norm.centered)
+def _all_float32(*tensors: Tensor) -> bool:
+    return all(tensor.dtype == torch.float32 for tensor in tensors)
+
+
+def _weight(norm: RMSNorm | None, later: bool) -> Tensor | None:
+    """What the kernels get of a norm."""
+    if norm is None or later:
+        return None
+    check_contiguous(norm_weight=norm.weight)
+    return norm.weight
+
+
+def _norm_key(norm: RMSNorm) -> Any:
+    weight = norm.weight
+    return weight.shape, weight.dtype, weight.get_device(), norm.eps, norm.centered
 
 
 def _check_norm(norm: RMSNorm | None, x: Tensor, width: int) -> None:
     if norm is not None:
         norm.check(width)
         check_same_device(x=x, norm_weight=norm.weight)
-
-
-def _split_norm(norm: RMSNorm | None, n: int) -> tuple[tuple[Tensor | None, Any], RMSNorm | None]:
-    """The kernels' arguments for a norm, and what is left to do after them (they have no room for it if n > 4)."""
-    functions = _functions()
-    if norm is None or n > FUSED_NORM_STREAMS:
-        return (None, functions.NO_NORM), norm
-    check_contiguous(norm_weight=norm.weight)
-    return (norm.weight, functions.Norm(norm.eps, norm.centered)), None
 
 
 def boundary(
@@ -283,14 +324,16 @@ def boundary(
     """
     key = (
         "boundary", backend, flat, iterations, eps, profile, mode, dropout_p,
-        x.dtype, y.dtype, x.get_device(), res.get_device(), post.get_device(), y.get_device(),
+        x.dtype, y.dtype, res.dtype, post.dtype, next_phi.dtype, next_alpha.dtype, next_bias.dtype,
+        x.get_device(), res.get_device(), post.get_device(), y.get_device(),
         next_phi.get_device(), next_alpha.get_device(), next_bias.get_device(), x.shape, res.shape, post.shape, y.shape,
-        None if bias is None else (bias.shape, bias.get_device()), next_phi.shape, next_alpha.shape, next_bias.shape,
-        _norm_key(norm),
+        None if bias is None else (bias.shape, bias.dtype, bias.get_device()), next_phi.shape, next_alpha.shape, next_bias.shape,
+        None if norm is None else _norm_key(norm),
     )  # fmt: skip
-    settings = None if torch.compiler.is_compiling() else _TRITON_CALLS.get(key)
-    if settings is None:
-        streams = _unflatten(x, post.shape[-1], flat)
+    checked = None if torch.compiler.is_compiling() else _CHECKED.get(key)
+    if checked is None:
+        n = post.shape[-1]
+        streams = _unflatten(x, n, flat)
         reference.check_mix(streams, res, post, y, bias, dropout_p)
         reference.check_mappings(streams, next_phi, next_alpha, next_bias, iterations, profile, mode)
         check_same_device(x=x, res=res, post=post, y=y, next_phi=next_phi, next_alpha=next_alpha, next_bias=next_bias)
@@ -303,18 +346,29 @@ def boundary(
             kwargs: dict[str, Any] = {"iterations": iterations, "eps": eps, "profile": profile, "mode": mode}
             return connect(out, next_phi, next_alpha, next_bias, **kwargs, norm=norm, flat=flat, backend="reference")
         settings = _settings(iterations, eps, profile, mode)
-        _remember(key, settings)
-    check_contiguous(
-        x=x, res=res, post=post, y=y, bias=bias, next_phi=next_phi, next_alpha=next_alpha, next_bias=next_bias
-    )
-    seed = _functions().new_seed(x.device) if dropout_p > 0 else None
-    own = (_float32(next_phi), _float32(next_alpha), _float32(next_bias))
-    fused, later = _split_norm(norm, post.shape[-1])
-    out, u, post, res = _functions().apply_boundary(
-        x if flat else x.flatten(-2), _float32(res), _float32(post), _cast(y, x), _cast(bias, x), seed, float(dropout_p),
-        *own, settings, accumulate, *fused, None if recompute is None else _check_recompute(recompute, "triton"),
+        same = y.dtype == x.dtype and (bias is None or bias.dtype == x.dtype)
+        casts = not same or not _all_float32(res, post, next_phi, next_alpha, next_bias)
+        checked = _checked(key, x, n, flat, norm, True, bias is not None, dropout_p, casts, settings)
+    if not (
+        x.is_contiguous() and res.is_contiguous() and post.is_contiguous() and y.is_contiguous()
+        and (bias is None or bias.is_contiguous())
+        and next_phi.is_contiguous() and next_alpha.is_contiguous() and next_bias.is_contiguous()
+    ):  # fmt: skip
+        check_contiguous(
+            x=x, res=res, post=post, y=y, bias=bias, next_phi=next_phi, next_alpha=next_alpha, next_bias=next_bias
+        )
+    functions = _functions()
+    seed = functions.new_seed(x.device) if dropout_p > 0 else None
+    if checked.casts:
+        res, post, y, bias = res.float(), post.float(), y.to(x.dtype), _cast(bias, x)
+        next_phi, next_alpha, next_bias = next_phi.float(), next_alpha.float(), next_bias.float()
+    kernels_norm, later = checked.norm
+    out, u, post, res = functions.apply_boundary(
+        x if flat else x.flatten(-2), res, post, y, bias, seed, float(dropout_p), next_phi, next_alpha, next_bias,
+        checked.settings, accumulate, _weight(norm, later), kernels_norm,
+        None if recompute is None else _check_recompute(recompute, "triton"), checked.call,
     )  # fmt: skip
-    return _same_form(out, x), u if later is None else later(u), post, res
+    return out if flat else _same_form(out, x), u if norm is None or not later else norm(u), post, res
 
 
 def head(x: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, *, eps: float = 1e-6, backend: str = "auto") -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 from mhc_megatron.megatron_hooks import datasets, model, optimizer, pipeline
 from mhc_megatron.megatron_hooks.active import print_rank_0, set_config
 from mhc_megatron.megatron_hooks.rebind import Rebinding
@@ -35,12 +37,8 @@ def rebindings() -> list[Rebinding]:
     except ImportError as error:
         print_rank_0(f"megatron.training can't be imported ({error}): no command-line flags, to_mhc_spec works")
         return core
-    from mhc_megatron.megatron_hooks import arguments, checkpoint, failed_save
+    from mhc_megatron.megatron_hooks import arguments, checkpoint, failed_save, monitor
 
-    return [
-        *core,
-        *optimizer.TRAINING_REBINDINGS,
-        *arguments.REBINDINGS,
-        *checkpoint.REBINDINGS,
-        *failed_save.REBINDINGS,
-    ]
+    training = [optimizer.TRAINING_REBINDINGS, arguments.REBINDINGS, checkpoint.REBINDINGS]
+    training += [failed_save.REBINDINGS, monitor.REBINDINGS]
+    return [*core, *itertools.chain(*training)]

@@ -24,7 +24,6 @@ from mhc_megatron.quickstart.jobs import (
     use_gpu,
 )
 
-_MARKER = ".mhc-megatron-quickstart"
 _MODES = {"residual": [], "hc": ["--enable-mhc", "--mhc-mode=hc"], "mhc": ["--enable-mhc"]}
 # The validation loss must be below the text's unigram entropy by this much (nats): more than byte frequencies was learned.
 _LEARNED = 0.5
@@ -47,25 +46,30 @@ def run(options: argparse.Namespace) -> int:
     if options.iterations < 30:
         print(f"quickstart: --iterations must be >= 30, got {options.iterations}", file=sys.stderr)
         return 2
-    # Megatron warns of every optional package it does without; the jobs' logs keep what matters.
-    warnings.simplefilter("ignore")
-    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+    quiet()
     try:
-        _claim(options.folder)
+        claim(options.folder, "quickstart")
         return _Quickstart(options.folder.resolve(), options.iterations).run()
     except (JobError, FileExistsError, FileNotFoundError) as error:
         print(f"quickstart: {error}", file=sys.stderr)
         return 1
 
 
-def _claim(folder: Path) -> None:
-    """An empty folder of our own; an earlier quickstart's is replaced, anything else is left alone."""
+def quiet() -> None:
+    """Megatron warns of every optional package it does without; the jobs' logs keep what matters."""
+    warnings.simplefilter("ignore")
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+
+
+def claim(folder: Path, command: str) -> None:
+    """An empty folder of our own; an earlier run's of this command is replaced, anything else is left alone."""
+    marker = folder / f".mhc-megatron-{command}"
     if folder.exists() and any(folder.iterdir()):
-        if not (folder / _MARKER).exists():
-            raise FileExistsError(f"{folder} exists and is not a quickstart's; name another one with --folder")
+        if not marker.exists():
+            raise FileExistsError(f"{folder} exists and is not a {command}'s; name another one with --folder")
         shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / _MARKER).touch()
+    marker.touch()
 
 
 class _Quickstart:

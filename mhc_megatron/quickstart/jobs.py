@@ -59,13 +59,22 @@ def use_gpu() -> bool:
 
 def megatron_arguments(text: Text, iterations: int, *, gpu: bool) -> list[str]:
     """The Megatron arguments that all jobs share."""
+    return [*MODEL, *OPTIMIZATION, *data_arguments(text), *host_arguments(gpu), f"--train-iters={iterations}"]
+
+
+def data_arguments(text: Text) -> list[str]:
+    """Where the text is and how many tokens there are; 90 % are for training."""
     data = ["--tokenizer-type=NullTokenizer", f"--vocab-size={VOCABULARY}", "--make-vocab-size-divisible-by=2"]
-    data += [f"--data-path={text.prefix}", f"--data-cache-path={text.prefix}-cache", "--split=90,10,0"]
-    host = [*GPU_ARGUMENTS, f"--transformer-impl={_implementation()}"] if gpu else list(CPU_ARGUMENTS)
-    return [*MODEL, *OPTIMIZATION, *data, *host, f"--train-iters={iterations}"]
+    return [*data, f"--data-path={text.prefix}", f"--data-cache-path={text.prefix}-cache", "--split=90,10,0"]
 
 
-def _implementation() -> str:
+def host_arguments(gpu: bool) -> list[str]:
+    """What the GPU, or the CPU in its place, needs."""
+    return [*GPU_ARGUMENTS, f"--transformer-impl={transformer_implementation()}"] if gpu else list(CPU_ARGUMENTS)
+
+
+def transformer_implementation() -> str:
+    """Megatron's ``--transformer-impl`` on this machine's GPU: Transformer Engine where it is installed."""
     try:
         import transformer_engine.pytorch  # noqa: F401
     except ImportError:

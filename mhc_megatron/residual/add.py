@@ -9,6 +9,7 @@ from torch import Tensor
 
 from mhc_kernels import mix
 from mhc_megatron.config import MHCConfig
+from mhc_megatron.pipeline.split import pack
 from mhc_megatron.residual.chain import prepare
 from mhc_megatron.residual.streams import Residual
 
@@ -18,7 +19,8 @@ BiasDropoutAdd = Callable[[tuple[Tensor, Tensor | None], Residual, float], Tenso
 def hyper_connection_add(mhc_config: MHCConfig) -> Callable[[bool, bool], BiasDropoutAdd]:
     """A drop-in for Megatron's ``get_bias_dropout_add``.
 
-    The function it returns maps ``((y [s, b, C], bias [C] or None), Residual, dropout probability)`` to ``[s, b, n*C]``.
+    The function it returns maps ``((y [s, b, C], bias [C] or None), Residual, dropout probability)`` to ``[s, b, n*C]``; at
+    the end of a pipeline chunk with split transfers, to what they carry after the streams (`pipeline.split`).
     """
 
     def get(training: bool, fused: bool) -> BiasDropoutAdd:
@@ -27,8 +29,10 @@ def hyper_connection_add(mhc_config: MHCConfig) -> Callable[[bool, bool], BiasDr
             y, bias = output_with_bias
             y = y.contiguous()
             p = prob if training else 0.0
-            x, post, res, grad, successor, place = residual
+            x, post, res, grad, successor, place, departure = residual
             with torch.set_grad_enabled(grad):
+                if departure is not None:
+                    return pack(y, bias, p, post, departure)
                 if successor is None or not successor.hyper_connection.fuses(x):
                     return mix(
                         x, res, post, y, bias, dropout_p=p, recompute=place, flat=True, backend=mhc_config.backend

@@ -9,29 +9,48 @@ from torch import Tensor, nn
 
 from mhc_kernels import aggregate
 from mhc_megatron.config import MHCConfig
+from mhc_megatron.pipeline.split import arrive, depart_with, pack
+from mhc_megatron.pipeline.state import share_pipeline
 from mhc_megatron.residual.hyper_connection import ExitHead
 from mhc_megatron.residual.norm_wrapper import NormBuilder, NormWrapper
-from mhc_megatron.residual.streams import expand, mark_pipeline_width, unflatten
+from mhc_megatron.residual.streams import expand, unflatten
 
 
 class StreamEntry(nn.Module):
     """Stands as the input norm of the one pseudo-layer of a pipeline chunk that has no layer of its own.
 
     An embedding-only first chunk (``account_for_embedding_in_pipeline_split``, custom layouts) must send streams:
-    ``[s, b, C] -> [s, b, n*C]``. A later chunk without layers passes its streams on.
+    ``[s, b, C] -> [s, b, n*C]``. A later chunk without layers passes its streams on. departs: to another pipeline stage, by
+    split transfers; all of them on the side, as there is no sublayer whose output would follow.
     """
 
     def __init__(self, mhc_config: MHCConfig, *, config: Any, hidden_size: int, eps: float):
         super().__init__()
+        self.mhc_config = mhc_config
         self.num_streams = mhc_config.num_streams
         self.hidden_size = hidden_size
-        mark_pipeline_width(config, mhc_config.num_streams)
+        self.backend = mhc_config.backend
+        self.departs = False
+        self._pipeline = share_pipeline(config, mhc_config)
+
+    @property
+    def splits(self) -> bool:
+        """Whether pipeline transfers are split."""
+        return self._pipeline.split
 
     def forward(self, hidden: Tensor) -> Tensor:
         if hidden.shape[-1] == self.hidden_size:
-            return expand(hidden, self.num_streams)
-        # A chunk's output must be another tensor than its input: the schedule frees one and differentiates the other.
-        return hidden.clone()
+            streams = expand(hidden, self.num_streams)
+        elif hidden.shape[-1] == self.num_streams * self.hidden_size:
+            # A chunk's output must be another tensor than its input: the schedule frees one and differentiates the other.
+            streams = hidden.clone()
+        else:
+            streams = arrive(hidden, self._pipeline, self.backend)
+        if not self.departs:
+            return streams
+        nothing = streams.new_zeros((*streams.shape[:-1], self.hidden_size))
+        post = torch.zeros((*streams.shape[:-1], self.num_streams), dtype=torch.float32, device=streams.device)
+        return pack(nothing, None, 0.0, *depart_with(self._pipeline, streams, post))
 
 
 class StreamExit(NormWrapper):
@@ -45,7 +64,7 @@ class StreamExit(NormWrapper):
         self.num_streams = mhc_config.num_streams
         self.backend = mhc_config.backend
         self.hyper_connection = ExitHead(config, mhc_config, hidden_size) if mhc_config.learned_exit else None
-        mark_pipeline_width(config, mhc_config.num_streams)
+        share_pipeline(config, mhc_config)  # a chunk may have nothing else that does
 
     def forward(self, hidden: Tensor) -> Tensor:
         return self.norm(contract(hidden, self.num_streams, self.hyper_connection, self.backend))

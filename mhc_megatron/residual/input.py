@@ -10,13 +10,15 @@ from torch import Tensor
 from mhc_kernels import RecomputePlace, RMSNorm, recompute
 from mhc_kernels.norm import FUSED_NORM_STREAMS
 from mhc_megatron.config import MHCConfig
+from mhc_megatron.pipeline.split import arrive, depart
+from mhc_megatron.pipeline.state import share_pipeline
 from mhc_megatron.residual.backend import check_backend
 from mhc_megatron.residual.chain import ChainLength, take
 from mhc_megatron.residual.hyper_connection import HyperConnection
 from mhc_megatron.residual.norm_wrapper import NormBuilder, NormWrapper
 from mhc_megatron.residual.plain_norm import plain_rms_norm, wait_for_weight
 from mhc_megatron.residual.recompute import block_length, recomputes
-from mhc_megatron.residual.streams import Residual, mark_pipeline_width
+from mhc_megatron.residual.streams import Residual
 
 
 class HyperConnectionInput(NormWrapper):
@@ -43,14 +45,11 @@ class HyperConnectionInput(NormWrapper):
         triton = check_backend(mhc_config, config, hidden_size, plain_rms_norm(self.norm))
         self._microbatch_group = getattr(config, "microbatch_group_size_per_vp_stage", None)
         self._recomputes = recomputes(mhc_config, config, triton)
-        mark_pipeline_width(config, mhc_config.num_streams)
+        self._pipeline, self._departs = share_pipeline(config, mhc_config), False
 
     def forward(self, hidden: Tensor) -> tuple[Tensor, Residual]:
         if hidden.shape[-1] != self.num_streams * self.hidden_size:
-            raise RuntimeError(
-                f"mHC: expected streams {self.num_streams} * {self.hidden_size} wide, got {hidden.shape[-1]}. "
-                "With pipeline parallelism, call mhc_megatron.enable() before training starts."
-            )
+            hidden = arrive(hidden, self._pipeline, self.hyper_connection.mhc_config.backend)
         prepared = take(hidden, self)
         if prepared is None:
             norm = self.fused_norm(hidden)
@@ -60,8 +59,12 @@ class HyperConnectionInput(NormWrapper):
             u, post, res, normed, place = prepared[:5]
         if not normed:
             u = self.norm(u)
+        departure = None
+        if self._departs:
+            backend = self.hyper_connection.mhc_config.backend
+            post, departure = depart(self._pipeline, hidden, res, post, u, place, backend)
         successor = self._successor[0] if self._successor else None
-        return u, Residual(hidden, post, res, torch.is_grad_enabled(), successor, place)
+        return u, Residual(hidden, post, res, torch.is_grad_enabled(), successor, place, departure)
 
     def _first_place(self, hidden: Tensor) -> RecomputePlace | None:
         """The start of a block with this sublayer's streams; None if all streams are kept."""
@@ -87,6 +90,10 @@ class HyperConnectionInput(NormWrapper):
     def set_successor(self, reader: HyperConnectionInput) -> None:
         """Tell it which mHC input reads the streams after this sublayer."""
         self._successor = (reader,)
+
+    def set_departure(self) -> None:
+        """Tell it that the streams after this sublayer go to another pipeline stage, by split transfers."""
+        self._departs = True
 
     def set_chain(self, length: ChainLength) -> None:
         """Tell it of the chain that it is in (which may still grow)."""

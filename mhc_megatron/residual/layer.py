@@ -5,13 +5,16 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-from megatron.core.transformer.transformer_layer import TransformerLayer
+from megatron.core.transformer.transformer_block import get_num_layers_to_build
+from megatron.core.transformer.transformer_layer import TransformerLayer, get_transformer_layer_offset
+from megatron.core.utils import get_pg_rank
 from torch import Tensor
 
 from mhc_megatron.config import MHCConfig
 from mhc_megatron.conflicts import check_conflicts
+from mhc_megatron.pipeline.state import sends_on, share_pipeline
 from mhc_megatron.residual.chain import CHAIN
-from mhc_megatron.residual.entry_exit import contract
+from mhc_megatron.residual.entry_exit import StreamEntry, contract
 from mhc_megatron.residual.input import HyperConnectionInput
 from mhc_megatron.residual.norm_wrapper import NormWrapper
 from mhc_megatron.residual.streams import expand
@@ -36,6 +39,10 @@ class HyperConnectionLayer:
                 norm.tp_group = layer.tp_group
         inputs = [m for m in (layer.input_layernorm, layer.pre_mlp_layernorm) if isinstance(m, HyperConnectionInput)]
         CHAIN.extend(config, layer.layer_number, inputs)
+        vp_stage = kwargs.get("vp_stage")
+        splits = share_pipeline(config, mhc_config).split
+        if inputs and splits and _ends_chunk(layer, vp_stage) and sends_on(layer, vp_stage):
+            inputs[-1].set_departure()
         self.is_entry = layer.layer_number == 1
         self.is_exit = contract_after_last and layer.layer_number == config.num_layers
         if contract_after_last:
@@ -49,6 +56,23 @@ class HyperConnectionLayer:
         if self.is_exit:
             hidden = contract(hidden, self.mhc_config.num_streams, None, self.mhc_config.backend)
         return hidden, context
+
+
+def _ends_chunk(layer: Any, vp_stage: int | None) -> bool:
+    """Whether a layer is the last one of its pipeline chunk."""
+    rank = get_pg_rank(layer.pg_collection.pp)
+    first = get_transformer_layer_offset(layer.config, vp_stage, rank)
+    return layer.layer_number == first + get_num_layers_to_build(layer.config, vp_stage, rank)
+
+
+class StreamEntryLayer(TransformerLayer):
+    """The one layer of a pipeline chunk that has none: only its input norm, a `StreamEntry`, does anything."""
+
+    def __init__(self, config: Any, *args: Any, **kwargs: Any):
+        super().__init__(config, *args, **kwargs)
+        entry: Any = self.input_layernorm
+        assert isinstance(entry, StreamEntry)
+        entry.departs = entry.splits and sends_on(self, kwargs.get("vp_stage"))
 
 
 def _check_no_chunk_without_layers(config: Any) -> None:

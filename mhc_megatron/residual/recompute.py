@@ -34,12 +34,20 @@ def automatic_length(sublayers: int, in_flight: int) -> int:
     return min(range(1, sublayers + 1), key=lambda length: (in_flight * math.ceil(sublayers / length) + length, length))
 
 
-def microbatches_in_flight(group_size: int | None) -> int:
-    """How many forward passes this rank's 1F1B schedule, interleaved or not, is ahead of its backward passes at most, given
-    microbatches enough. group_size: ``microbatch_group_size_per_vp_stage``; None is Megatron's default, the stages."""
-    stages = parallel_state.get_pipeline_model_parallel_world_size()
-    chunks = parallel_state.get_virtual_pipeline_model_parallel_world_size() or 1
-    _, _, warm_up, _ = get_pp_rank_microbatches(_MANY, chunks, group_size or stages)
+def microbatches_in_flight(group_size: int | None, place: Any = None) -> int:
+    """How many forward passes a rank's 1F1B schedule, interleaved or not, is ahead of its backward passes at most, given
+    microbatches enough.
+
+    Args:
+        group_size: ``microbatch_group_size_per_vp_stage``; None is Megatron's default, the stages.
+        place: of the rank in the pipeline, as a P2PCommunicator has it; None: this process's.
+    """
+    if place is None:
+        stages = parallel_state.get_pipeline_model_parallel_world_size()
+        chunks = parallel_state.get_virtual_pipeline_model_parallel_world_size()
+    else:
+        stages, chunks = place.pp_group.size(), place.virtual_pipeline_model_parallel_size
+    _, _, warm_up, _ = get_pp_rank_microbatches(_MANY, chunks or 1, group_size or stages, p2p_communicator=place)
     return warm_up + 1
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from torch import Tensor
 
 if TYPE_CHECKING:
     from mhc_kernels import RecomputePlace
+    from mhc_megatron.pipeline.split import Departure
     from mhc_megatron.residual.input import HyperConnectionInput
 
 
@@ -16,7 +17,8 @@ class Residual(NamedTuple):
 
     x: ``[s, b, n*C]``, the streams' dtype; post ``[s, b, n]`` and res ``[s, b, n, n]``, float32. grad: whether the
     input ran with gradients (Megatron calls every add with them). successor: the mHC input that will read the result, if
-    it is known (`chain`). recompute: x's place in a block of streams that the backward computes again.
+    it is known (`chain`). recompute: x's place in a block of streams that the backward computes again. departure: of the last
+    sublayer of a pipeline chunk whose streams have left already (`pipeline.split`).
     """
 
     x: Tensor
@@ -25,6 +27,7 @@ class Residual(NamedTuple):
     grad: bool
     successor: HyperConnectionInput | None = None
     recompute: RecomputePlace | None = None
+    departure: Departure | None = None
 
 
 def expand(hidden: Tensor, num_streams: int) -> Tensor:
@@ -35,25 +38,3 @@ def expand(hidden: Tensor, num_streams: int) -> Tensor:
 def unflatten(hidden: Tensor, num_streams: int) -> Tensor:
     """View ``[s, b, n*C]`` as ``[s, b, n, C]``."""
     return hidden.unflatten(-1, (num_streams, hidden.shape[-1] // num_streams))
-
-
-def mark_pipeline_width(config: Any, num_streams: int) -> None:
-    """Record on Megatron's config that pipeline tensors are n * hidden_size wide; the communicator reads it.
-
-    On the config because it is what the model chunks of a rank and the pipeline schedule share.
-
-    Raises:
-        ValueError: if another model with this config has another number of streams.
-    """
-    known = pipeline_width(config)
-    if known not in (1, num_streams):
-        raise ValueError(
-            f"num_streams={num_streams}, but a model with the same TransformerConfig already has {known} streams; "
-            "use one MHCConfig for all its chunks, or a TransformerConfig of its own"
-        )
-    config.mhc_num_streams = num_streams
-
-
-def pipeline_width(config: Any) -> int:
-    """Streams a pipeline tensor carries under this config: 1 for a model without mHC."""
-    return int(getattr(config, "mhc_num_streams", 1))

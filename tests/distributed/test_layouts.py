@@ -32,6 +32,7 @@ VPP2 = {**PP2, "virtual_pipeline_model_parallel_size": 2}
 INTERLEAVED = {"overlap_p2p_comm": True, "batch_p2p_comm": False}
 RECOMPUTE = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
 MHC_RECOMPUTE = {"mhc": {"backend": "triton", "recompute": True}}  # with interpreted kernels: slow
+SPLIT = {"mhc": {"pipeline_comm": "split"}}
 ENDS_APART = {"pipeline_model_parallel_layout": "E|tt|tt|L"}
 
 # name: (processes, parallel sizes, further settings; "mhc": of MHCConfig). Dense where it says so (Megatron wants SP for TP
@@ -50,6 +51,16 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
     "pp2-vpp2": (2, VPP2, {**INTERLEAVED, "deallocate_pipeline_outputs": True}),
     "pp2-vpp2-ends-apart": (2, VPP2, {**INTERLEAVED, **ENDS_APART, "deallocate_pipeline_outputs": True}),
     "dense-pp2-vpp2-mhc-recompute": (2, VPP2, {**INTERLEAVED, **MHC_RECOMPUTE, "deallocate_pipeline_outputs": True}),
+    "pp2-split": (2, PP2, SPLIT),
+    "pp2-no-batch-split": (2, PP2, {**SPLIT, "batch_p2p_comm": False, "deallocate_pipeline_outputs": True}),
+    "dense-pp2-vpp2-split": (2, VPP2, {**INTERLEAVED, **SPLIT, "deallocate_pipeline_outputs": True}),
+    "pp2-vpp2-split": (2, VPP2, {**INTERLEAVED, **SPLIT, "deallocate_pipeline_outputs": True}),
+    "pp2-vpp2-ends-apart-split": (2, VPP2, {**INTERLEAVED, **SPLIT, **ENDS_APART}),
+    "pp2-vpp2-flush-split": (2, VPP2, {**INTERLEAVED, **SPLIT, "overlap_p2p_comm_warmup_flush": True}),
+    "pp2-ep2-split": (4, {**PP2, **EP2}, SPLIT),
+    "pp2-tp2-sp-split": (4, {**PP2, **TP2}, {"sequence_parallel": True, **SPLIT}),
+    "pp4-ends-apart-split": (4, {"pipeline_model_parallel_size": 4}, {**SPLIT, **ENDS_APART}),
+    "dense-pp2-vpp2-split-mhc-recompute": (2, VPP2, {**INTERLEAVED, "mhc": {**SPLIT["mhc"], **MHC_RECOMPUTE["mhc"]}}),
     "pp2-ep2": (4, {**PP2, **EP2}, {}),
     "pp2-tp2-sp": (4, {**PP2, **TP2}, {"sequence_parallel": True}),
     "pp4-ends-apart": (4, {"pipeline_model_parallel_size": 4}, ENDS_APART),

@@ -15,9 +15,11 @@ from mhc_megatron import MHCConfig
 pytestmark = pytest.mark.gpu
 pytest.importorskip("transformer_engine.pytorch", reason="needs Transformer Engine")
 
+from tests import models  # noqa: E402
 from tests.gpu.training import QUICKSTART, STEPS, train  # noqa: E402
 
 LAYER_27B = {
+    **models.MODELS["mla"],
     "num_layers": 2,
     "moe_layer_freq": [0, 1],
     "hidden_size": 2560,

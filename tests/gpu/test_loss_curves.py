@@ -14,10 +14,12 @@ from mhc_megatron import MHCConfig
 pytestmark = pytest.mark.gpu
 pytest.importorskip("transformer_engine.pytorch", reason="needs Transformer Engine")
 
-from tests.gpu.test_fp8 import MODEL, RECIPES  # noqa: E402
-from tests.gpu.training import train  # noqa: E402
+from tests import models  # noqa: E402
+from tests.gpu.test_fp8 import RECIPES  # noqa: E402
+from tests.gpu.training import SMALL, train  # noqa: E402
 
 STEPS, SEQUENCE, WINDOW = 300, 512, 50
+MODEL = {**models.MODELS["moe"], **SMALL}  # without MLA: the local one of 0.19.2 can't be built on a GPU
 FP8 = {**RECIPES["tensorwise"], "moe_router_padding_for_fp8": True}
 
 

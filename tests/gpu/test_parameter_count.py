@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from mhc_megatron import MHCConfig
-from mhc_megatron.parameter_count import count_parameters
+from mhc_megatron.plan.parameters import model_count
+from mhc_megatron.plan.run import Run
 from tests import models
 
 pytestmark = pytest.mark.gpu
@@ -31,4 +32,7 @@ def test_mla_with_transformer_engine(q_lora_rank: int | None) -> None:
     config = models.make_config(**settings)
     model = models.build(config, MHCConfig(), te=True)
     built = sum(parameter.numel() for parameter in model.parameters())
-    assert count_parameters(config, models.VOCABULARY, MHCConfig()).total == built
+    run = Run(
+        config, MHCConfig(), world_size=1, sequence=16, micro_batch=1, microbatches=1, vocabulary=models.VOCABULARY
+    )
+    assert model_count(run).total == built

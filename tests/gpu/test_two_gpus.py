@@ -25,6 +25,10 @@ LAYOUTS = {
     "ep2": "--expert-model-parallel-size 2",
     "pp2": "--pipeline-model-parallel-size 2",
     "pp2-vpp2": "--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1",
+    "pp2-split": "--pipeline-model-parallel-size 2 --mhc-pipeline-comm split",
+    "pp2-vpp2-split": "--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1 --mhc-pipeline-comm split",
+    "pp2-vpp2-split-mhc-recompute": "--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1 "
+    "--mhc-pipeline-comm split --mhc-recompute",
     "pp2-vpp2-mhc-recompute": "--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1 --mhc-recompute",
     "cp2": "--context-parallel-size 2",
     "pp2-vpp2-recompute": "--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1 "

@@ -15,14 +15,14 @@ from tests import models
 
 STEPS = 20
 COMMON: dict[str, Any] = {
-    **models.MODELS["mla"],
     "bf16": True,
     "params_dtype": torch.bfloat16,
     "use_cpu_initialization": False,
     "moe_grouped_gemm": True,
     "init_method_std": 0.02,
 }
-QUICKSTART = {"num_layers": 4, "hidden_size": 128, "ffn_hidden_size": 256, "moe_ffn_hidden_size": 128}
+SMALL = {"num_layers": 4, "hidden_size": 128, "ffn_hidden_size": 256, "moe_ffn_hidden_size": 128}
+QUICKSTART = {**models.MODELS["mla"], **SMALL}
 
 
 def text(steps: int, sequence: int) -> torch.Tensor:

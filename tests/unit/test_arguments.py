@@ -59,7 +59,12 @@ def test_every_field_has_a_flag(validate: Any) -> None:
         "weight_decay": True,
         "recompute": True,
         "recompute_sublayers": 3,
+        "pipeline_comm": "split",
         "backend": "triton",
+        "monitor_interval": 7,
+        "monitor_tokens": 64,
+        "monitor_band": 1.5,
+        "monitor_dir": "gains",
     }
     assert values.keys() == {field.name for field in dataclasses.fields(MHCConfig)}
     flags = []

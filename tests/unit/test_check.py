@@ -7,12 +7,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
 
 from mhc_megatron import check
 from mhc_megatron.quickstart.data import Text
 from mhc_megatron.quickstart.jobs import megatron_arguments
-from tests import models
 
 
 def run(*extra: str, world_size: int = 8) -> int:
@@ -38,7 +36,7 @@ PIPELINE = ("--pipeline-model-parallel-size=2",)
         (("--expert-model-parallel-size=3",), "Number of experts should be a multiple of expert model parallel_size"),
         (("--enable-mhc", "--bf16", "--fp32-residual-connection"), "mHC can't be used with --fp32-residual-connection"),
         (("--mhc-num-streams=2",), "--mhc-num-streams 2 has no effect without --enable-mhc"),
-        (("--moe-layer-freq=[1]*3",), "moe_layer_freq has 3 entries, the model 4 layers"),
+        (("--moe-layer-freq=[1]*3",), "--moe-layer-freq has 3 entries, the model 4 layers"),
         (("--global-batch-size=12",), "must be divisible"),
         ((*PIPELINE, "--pipeline-model-parallel-layout=Et|tt|L"), "pipeline_model_parallel_layout"),
         ((*PIPELINE, "--pipeline-model-parallel-layout=Et|tx"), "x"),
@@ -69,24 +67,3 @@ def test_interleaved_microbatches(capsys: pytest.CaptureFixture[str]) -> None:
     assert "3 microbatches can't run in groups of 2 over 2 stages; make --global-batch-size a multiple of 16" in (
         capsys.readouterr().err
     )
-
-
-def layers(num_layers: int, stages: int, chunks: int | None, **settings: Any) -> list[list[list[int]]]:
-    config = models.make_config(
-        num_layers=num_layers,
-        pipeline_model_parallel_size=stages,
-        virtual_pipeline_model_parallel_size=chunks,
-        pipeline_dtype=torch.float32,
-        **settings,
-    )
-    args = SimpleNamespace(pipeline_model_parallel_size=stages, virtual_pipeline_model_parallel_size=chunks)
-    return [[list(chunk) for chunk in stage] for stage in check.layers_of_chunks(args, config)]
-
-
-def test_layers_of_chunks() -> None:
-    assert layers(4, 1, None) == [[[1, 2, 3, 4]]]
-    assert layers(4, 2, 2) == [[[1], [3]], [[2], [4]]]
-    ends = {"account_for_embedding_in_pipeline_split": True, "account_for_loss_in_pipeline_split": True}
-    assert layers(6, 2, 2, **ends) == [[[1], [4, 5]], [[2, 3], [6]]]
-    assert layers(2, 2, 2, **ends) == [[[], [2]], [[1], []]]
-    assert layers(4, 2, 2, pipeline_model_parallel_layout="Et|tt|t|L") == [[[1], [4]], [[2, 3], []]]

@@ -64,6 +64,7 @@ def test_dry_run(size: str, script: str, mode: str) -> None:
     assert given.get("--mhc-mode", "residual") == mode
     layers = [layer for chunk in re.findall(r"stage \d+: layers (.*)", output) for layer in _expand(chunk)]
     assert sorted(layers) == list(range(1, int(given["--num-layers"]) + 1))
+    assert "Fits (" in output, "the defaults must fit 8 nodes of 8 H100-80GB"
     if script == "slurm.sh":
         assert "srun --nodes 8 --ntasks-per-node 1 --kill-on-bad-exit=1" in output
 

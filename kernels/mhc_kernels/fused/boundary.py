@@ -3,143 +3,145 @@
 ``boundary`` mixes a sublayer's output into the streams, computes the next sublayer's mappings from the result, and what
 that sublayer reads: 3 launches. ``boundary_backward`` is all of its gradients: 3 launches.
 Without y, the streams are taken as they are.
+
+`ForwardCall` and `BackwardCall` are the same, past the dispatcher and with all that follows from sizes and options known.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from mhc_kernels.fused import configs, forward, mapping_backward, pack, phi_backward
-from mhc_kernels.fused.launch import Part, Plan, Step, divide
-from mhc_kernels.fused.library import Sizes, cdiv, operator, sizes
-from mhc_kernels.fused.single import mix_project_step, plans, stream_backward_step
+from mhc_kernels.fused.boundary_plans import (
+    BackwardOptions,
+    ForwardOptions,
+    Shape,
+    backward_plan,
+    forward_plan,
+    gradient_shapes,
+    output_shapes,
+)
+from mhc_kernels.fused.launch import Plan
+from mhc_kernels.fused.library import operator, sizes, sizes_of
+from mhc_kernels.fused.memory import Form, allocator, form
+from mhc_kernels.fused.single import plans
 from mhc_kernels.reference import streams_of
 
-Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+Outputs = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor, Tensor, Tensor]
+Gradients = tuple[
+    Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None
+]
 
 
-def _kept(s: Sizes, normalises: bool) -> dict[str, Part]:
-    """What the backward needs besides: projected values and in column R the RMS factor; phi as `pack_kernel` lays it out; of
-    the norm 1 / rms(u)."""
-    columns = s.packed[1] * s.packed[2]
-    return divide(
-        "kept",
-        saved=((s.t, s.padded_rows), torch.float32),
-        w_back=((s.padded_rows, columns), s.product_dtype),
-        **({"rho": ((s.t,), torch.float32)} if normalises else {}),
-    )
+def _forms(shapes: Sequence[Shape | None]) -> tuple[Form | None, ...]:
+    return tuple(None if shape is None else form(*shape) for shape in shapes)
 
 
-def _outputs(
-    x: Tensor,
-    res: Tensor | None,
-    post: Tensor | None,
-    y: Tensor | None,
-    bias: Tensor,
-    aggregates: bool,
-    normalises: bool,
-) -> Outputs:
-    s = sizes(x, streams_of(bias))
-    lead = x.shape[:-1]
-    kept = bias.new_empty(s.kept + s.t if normalises else s.kept)
-    if y is None or post is None or res is None:
-        return (
-            x.new_empty(0),
-            x.new_empty((*lead, s.c) if aggregates else 0),
-            bias.new_empty((*lead, s.n)),
-            bias.new_empty((*lead, s.n)),
-            bias.new_empty((*lead, s.n, s.n)),
-            kept,
-        )
-    return (
-        torch.empty_like(x),
-        torch.empty_like(y) if aggregates else x.new_empty(0),
-        torch.empty_like(post),
-        torch.empty_like(post),
-        torch.empty_like(res),
-        kept,
-    )
+def _scratch(plan: Plan) -> Form:
+    return form((plan.floats["scratch"],), torch.float32)
 
 
-_FORWARD = (
-    "x", "res", "post", "y", "y_bias", "seed", "phi", "alpha", "bias", "gamma",
-    "out", "u", "pre", "post_out", "res_out", "kept", "scratch",
-)  # fmt: skip
+class ForwardCall:
+    """`boundary` for streams of one shape, n, dtype and device (index), with the same options."""
+
+    def __init__(self, shape: tuple[int, ...], n: int, dtype: torch.dtype, device: int, options: ForwardOptions):
+        s = sizes_of(shape, n, dtype, device)
+        shapes = output_shapes(s, shape[:-1], dtype, options.mixes, options.aggregates, options.gamma is not None)
+        self._results = _forms(shapes)
+        self._plan = None
+        if s.t:
+            self._plan = forward_plan(s, options)
+            self._scratch = _scratch(self._plan)
+        self._streams, self._options = (shape, n, dtype, device), options
+        self._backward: dict[tuple[bool, bool, bool], BackwardCall] = {}
+
+    def run(
+        self, x: Tensor, res: Tensor | None, post: Tensor | None, y: Tensor | None, y_bias: Tensor | None, seed: Tensor | None,
+        phi: Tensor, alpha: Tensor, bias: Tensor, gamma: Tensor | None,
+    ) -> Outputs:  # fmt: skip
+        """As `boundary`."""
+        new = allocator(x)
+        results: list[Any] = [None if form is None else new(*form) for form in self._results]
+        out, u, pre, post_out, res_out, kept = results
+        if self._plan is not None:
+            self._plan.run(
+                x, x if res is None else res, x if post is None else post, x if y is None else y,
+                x if y_bias is None else y_bias, x if seed is None else seed, phi, alpha, bias, x if gamma is None else gamma,
+                x if out is None else out, x if u is None else u, x if pre is None else pre, post_out, res_out, kept,
+                new(*self._scratch),
+            )  # fmt: skip
+        return results  # type: ignore[return-value]
+
+    def backward(self, g: bool, du: bool, accumulates: bool) -> BackwardCall:
+        """Its backward, given whether out and u have gradients and whether there are gradients of the parameters to add to."""
+        key = (g, du, accumulates)
+        call = self._backward.get(key)
+        if call is None:
+            call = self._backward[key] = backward_call(*self._streams, self._options.backward(*key))
+        return call
 
 
-@plans
-def _forward_plan(
-    s: Sizes, mixes: bool, biased: bool, drops: bool, p: float, aggregates: bool, iterations: int, eps: float,
-    eps_sinkhorn: float, hc: bool, gamma: torch.dtype | None, norm_eps: float, centered: bool,
-) -> Plan:  # fmt: skip
-    # gamma's is the one dtype that does not follow from the streams': the kernels of a plan are compiled for it.
-    normalises = gamma is not None
-    n, padded, c = s.packed
-    out = "out" if mixes else "x"
-    block = configs.pack(s.padded_rows, padded, c)
-    meta: tuple = (c, n, padded, s.padded_rows, s.width, s.low, block, s.bf16)
-    packing = Step(pack.pack_kernel, (cdiv(c, block), 1, 1), ("phi", "w", "w_back"), (s.rows,), meta, 4)
+class BackwardCall:
+    """`boundary_backward` for streams of one shape, n, dtype and device (index), with the same options."""
 
-    split = square_parts = configs.mix_project(s).SPLIT
-    if s.wide:
-        split = configs.project(s).SPLIT
-        if mixes:
-            steps = [_mix_pack_step(mix_project_step(s, True, False, True, biased, drops, p), packing)]
-        else:
-            square_parts = split
-            steps = [packing]
-        steps.append(_project_step(s, out, squares=not mixes))
-    else:
-        steps = [packing, mix_project_step(s, mixes, True, True, biased, drops, p)]
+    def __init__(self, shape: tuple[int, ...], n: int, dtype: torch.dtype, device: int, options: BackwardOptions):
+        s = sizes_of(shape, n, dtype, device)
+        self._results = _forms(gradient_shapes(s, shape[:-1], dtype, options.mixes, options.gamma, options.accumulates))
+        self._plan = None
+        if s.t:
+            self._plan = backward_plan(s, options)
+            self._scratch = _scratch(self._plan)
+        self._n, self._wide, self._accumulates = n, s.wide, options.accumulates
 
-    config, block = configs.aggregate(s), configs.token_block(s.n)
-    programs = cdiv(s.t, block)
-    grid = (programs + (cdiv(s.t, config.BM) if aggregates else 0), 1, 1)
-    norm = ("gamma", "rho") if normalises else ("x", "x")
-    arrays = ("sums", out, "alpha", "bias", "u", "pre", "post_out", "res_out", "saved", *norm)
-    meta = (
-        s.n, s.padded_streams, s.c, s.rows, s.padded_rows, s.sums_width, s.sums_low, split, square_parts,
-        iterations, hc, eps_sinkhorn, normalises, centered, block, config.BM, config.BC, config.STAGES,
-    )  # fmt: skip
-    steps.append(Step(forward.map_aggregate_kernel, grid, arrays, (s.t, programs, eps, norm_eps), meta, config.warps))
-
-    scratch = divide(
-        "scratch",
-        sums=((max(split, square_parts), s.t, s.sums_width), torch.float32),
-        w=((padded * c, s.width), s.product_dtype),
-    )
-    return Plan(_FORWARD, steps, {**_kept(s, normalises), **scratch})
-
-
-def _mix_pack_step(mix: Step, packing: Step) -> Step:
-    programs = packing.grid[0]
-    return Step(
-        forward.mix_pack_kernel,
-        (programs + mix.grid[0], 1, 1),
-        (*packing.arrays, *mix.arrays),
-        (*packing.scalars, programs, *mix.scalars),
-        (*packing.meta, *mix.meta),
-        mix.warps,
-    )
+    def run(
+        self, g: Tensor | None, du: Tensor | None, dpre: Tensor | None, dpost_out: Tensor | None, dres_out: Tensor | None,
+        x: Tensor, res: Tensor | None, post: Tensor | None, y: Tensor | None, y_bias: Tensor | None, seed: Tensor | None,
+        out: Tensor, pre: Tensor | None, kept: Tensor, alpha: Tensor, bias: Tensor, gamma: Tensor | None,
+        mains: Sequence[Tensor | None],
+    ) -> Gradients:  # fmt: skip
+        """As `boundary_backward`. mains: the gradients to add to."""
+        new = allocator(x)
+        results: list[Any] = [None if form is None else new(*form) for form in self._results]
+        if self._plan is None:
+            for gradient in results[4:]:
+                if gradient is not None:
+                    gradient.zero_()
+            return results  # type: ignore[return-value]
+        dx, dy, dres, dpost, dgamma, dphi, dalpha, dbias = results
+        if self._accumulates:
+            dphi, dalpha, dbias = mains
+        if dpost_out is None:
+            dpost_out = bias.new_zeros((*x.shape[:-1], self._n))
+        if dres_out is None:
+            dres_out = bias.new_zeros((*x.shape[:-1], self._n, self._n))
+        if dpre is None:
+            dpre = alpha if du is not None else bias.new_zeros((*x.shape[:-1], self._n))
+        self._plan.run(
+            x if g is None else g, x if du is None else du, dpre, dpost_out, dres_out,
+            x, x if res is None else res, x if post is None else post, x if y is None else y,
+            x if y_bias is None else y_bias, x if seed is None else seed, out, x if pre is None else pre, kept, alpha, bias,
+            x if gamma is None else gamma,
+            new(*self._scratch), torch.empty_like(out) if self._wide else out,
+            dx, x if dy is None else dy, x if dres is None else dres, x if dpost is None else dpost,
+            x if dgamma is None else dgamma, dphi, dalpha, dbias,
+        )  # fmt: skip
+        return results  # type: ignore[return-value]
 
 
-def _project_step(s: Sizes, out: str, squares: bool) -> Step:
-    config = configs.project(s)
-    grid = (cdiv(s.t, config.BM) * config.SPLIT, 1, 1)
-    meta = (
-        s.n * s.c, s.low + s.rows if s.bf16 else s.rows, *s.widths, s.sums_width, s.sums_low + s.rows if squares else 0, s.dot32,
-        config.BM, config.BC, config.SPLIT, config.V, config.STAGES,
-    )  # fmt: skip
-    return Step(forward.project_kernel, grid, (out, "w", "sums"), (s.t,), meta, config.warps)
+forward_call, backward_call = plans(ForwardCall), plans(BackwardCall)
 
 
 def _fake_boundary(
     x: Tensor, res: Tensor | None, post: Tensor | None, y: Tensor | None, y_bias: Tensor | None, seed: Tensor | None, p: float,
     phi: Tensor, alpha: Tensor, bias: Tensor, aggregates: bool, iterations: int, eps: float, eps_sinkhorn: float, hc: bool,
     gamma: Tensor | None, norm_eps: float, centered: bool,
-) -> Outputs:  # fmt: skip
-    return _outputs(x, res, post, y, bias, aggregates, gamma is not None)
+) -> tuple[Tensor | None, ...]:  # fmt: skip
+    s = sizes(x, streams_of(bias))
+    shapes = output_shapes(s, x.shape[:-1], x.dtype, y is not None, aggregates, gamma is not None)
+    return tuple(None if shape is None else x.new_empty(shape[0], dtype=shape[1]) for shape in shapes)
 
 
 @operator(
@@ -165,118 +167,34 @@ def boundary(
         gamma ``[C]``, norm_eps, centered: RMSNorm of u, as in `mhc_kernels.RMSNorm`; None for none. n <= 4.
 
     Returns:
-        out ``[..., n*C]`` (empty without y), u ``[..., C]`` (empty unless aggregates), pre, post, res of the next
-        sublayer, float32; kept, float32, what the backward needs besides (`_kept`).
+        out ``[..., n*C]`` (None without y), u ``[..., C]`` (None unless aggregates), pre (None if aggregates: it is in kept),
+        post, res of the next sublayer, float32; kept, float32, what the backward needs besides (`boundary_plans`).
     """
-    s = sizes(x, streams_of(bias))
-    outputs = _outputs(x, res, post, y, bias, aggregates, gamma is not None)
-    if s.t:
-        plan = _forward_plan(
-            s, y is not None, y_bias is not None, seed is not None, p, aggregates, iterations, eps, eps_sinkhorn, hc,
-            None if gamma is None else gamma.dtype, norm_eps, centered,
-        )  # fmt: skip
-        plan.run(
-            x, x if res is None else res, x if post is None else post, x if y is None else y,
-            x if y_bias is None else y_bias, x if seed is None else seed, phi, alpha, bias, x if gamma is None else gamma,
-            *outputs, bias.new_empty(plan.floats["scratch"]),
-        )  # fmt: skip
-    return outputs
-
-
-Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
-
-
-def _gradients(
-    x: Tensor, res: Tensor | None, post: Tensor | None, y: Tensor | None, alpha: Tensor, bias: Tensor, gamma: Tensor | None,
-    accumulates: bool,
-) -> Gradients:  # fmt: skip
-    shape = (bias.shape[0], x.shape[-1])
-    return (
-        torch.empty_like(x),
-        x.new_empty(0) if y is None else torch.empty_like(y),
-        x.new_empty(0) if res is None else torch.empty_like(res),
-        x.new_empty(0) if post is None else torch.empty_like(post),
-        x.new_empty(0) if gamma is None else torch.empty_like(gamma),
-        x.new_empty(0) if accumulates else bias.new_empty(shape),
-        x.new_empty(0) if accumulates else torch.empty_like(alpha),
-        x.new_empty(0) if accumulates else torch.empty_like(bias),
-    )
-
-
-_BACKWARD = (
-    "g", "du", "dpre", "dpost_out", "dres_out", "x", "res", "post", "y", "y_bias", "seed", "out", "pre", "kept", "alpha", "bias",
-    "gamma", "scratch", "back", "dx", "dy", "dres", "dpost", "dgamma", "dphi", "dalpha", "dbias",
-)  # fmt: skip
-
-
-@plans
-def _backward_plan(
-    s: Sizes, g: bool, aggregates: bool, mixes: bool, biased: bool, drops: bool, accumulates: bool, p: float,
-    iterations: int, eps_sinkhorn: float, hc: bool, gamma: torch.dtype | None, centered: bool,
-) -> Plan:  # fmt: skip
-    normalises = gamma is not None
-    config = configs.mapping_backward(s, normalises)
-    block = configs.token_block_backward(s.n, config.warps)
-    maps, rows = cdiv(s.t, block), cdiv(s.t, config.BM) if aggregates else 0
-    arrays: tuple[str, ...] = (
-        "du", "out", "dpre", "dpost_out", "dres_out", "saved", "alpha", "bias", "pre",
-        *(("gamma", "rho") if normalises else ("x", "x")), "da", "factor", "totals", "pre_totals",
-        *(("kappa", "dgammas") if normalises else ("x", "x")),
+    options = ForwardOptions(
+        y is not None, y_bias is not None, seed is not None, p, aggregates, iterations, eps, eps_sinkhorn, hc,
+        None if gamma is None else gamma.dtype, norm_eps, centered,
     )  # fmt: skip
-    meta: tuple = (
-        s.n, s.padded_streams, s.c, s.rows, s.padded_rows, s.padded_totals, s.padded_pre,
-        iterations, hc, eps_sinkhorn, aggregates, s.da_width, s.da_low, normalises, centered,
-        block, config.BM, config.BC, config.V, config.STAGES,
-    )  # fmt: skip
-    mapping = Step(
-        mapping_backward.mapping_backward_kernel, (maps + rows, 1, 1), arrays, (s.t, maps), meta, config.warps
-    )
-
-    k = s.n * s.c
-    columns = configs.phi_backward(s)
-    parts = min(columns.PARTS, cdiv(s.t, columns.BM))
-    grid = (cdiv(k, columns.BK), parts, 1)
-    blocks = (columns.BM, columns.BK, columns.STAGES)
-    if s.wide:
-        arrays = ("da", "out", "partials", "factor", "w_back", "g", "back")
-        meta = (k, s.n, s.padded_streams, s.da_width, s.dot32, g, *blocks)
-        phi = Step(phi_backward.phi_streams_backward_kernel, grid, arrays, (s.t,), meta, columns.warps)
-    else:
-        meta = (k, s.padded_rows, s.da_width, s.dot32, *blocks)
-        phi = Step(phi_backward.phi_backward_kernel, grid, ("da", "out", "partials"), (s.t,), meta, columns.warps)
-
-    counts = (maps, rows, parts)
-    streams = stream_backward_step(
-        s, g, aggregates, mixes, True, biased, drops, accumulates, p, counts, normalises, centered
-    )
-    scratch = divide(
-        "scratch",
-        partials=((parts, s.partial_rows, k), torch.float32),
-        da=((s.t, s.da_width), s.product_dtype),
-        factor=((s.t, 3, 4), torch.float32),
-        totals=((maps, s.padded_totals), torch.float32),
-        kappa=((cdiv(s.t, 4) * 4 if normalises else 0,), torch.float32),
-        dgammas=((rows if normalises else 0, s.c), torch.float32),
-        pre_totals=((rows, s.padded_pre), torch.float32),
-    )
-    # The gradients of the parameters may be Megatron's, at any address.
-    return Plan(_BACKWARD, [mapping, phi, streams], {**_kept(s, normalises), **scratch}, unaligned=3)
+    call = forward_call(x.shape, streams_of(bias), x.dtype, x.get_device(), options)
+    return call.run(x, res, post, y, y_bias, seed, phi, alpha, bias, gamma)
 
 
 def _fake_boundary_backward(
     g: Tensor | None, du: Tensor | None, dpre: Tensor | None, dpost_out: Tensor | None, dres_out: Tensor | None,
     x: Tensor, res: Tensor | None, post: Tensor | None, y: Tensor | None, y_bias: Tensor | None, seed: Tensor | None, p: float,
-    out: Tensor, pre: Tensor, kept: Tensor, alpha: Tensor, bias: Tensor,
+    out: Tensor, pre: Tensor | None, kept: Tensor, alpha: Tensor, bias: Tensor,
     main_phi: Tensor | None, main_alpha: Tensor | None, main_bias: Tensor | None,
     iterations: int, eps_sinkhorn: float, hc: bool, gamma: Tensor | None, centered: bool,
-) -> Gradients:  # fmt: skip
-    return _gradients(x, res, post, y, alpha, bias, gamma, main_phi is not None)
+) -> tuple[Tensor | None, ...]:  # fmt: skip
+    s = sizes(x, streams_of(bias))
+    dtype = None if gamma is None else gamma.dtype
+    shapes = gradient_shapes(s, x.shape[:-1], x.dtype, y is not None, dtype, main_phi is not None)
+    return tuple(None if shape is None else x.new_empty(shape[0], dtype=shape[1]) for shape in shapes)
 
 
 @operator(
     "boundary_backward(Tensor? g, Tensor? du, Tensor? dpre, Tensor? dpost_out, Tensor? dres_out, "
     "Tensor x, Tensor? res, Tensor? post, Tensor? y, Tensor? y_bias, Tensor? seed, float p, "
-    "Tensor out, Tensor pre, Tensor kept, Tensor alpha, Tensor bias, "
+    "Tensor out, Tensor? pre, Tensor kept, Tensor alpha, Tensor bias, "
     "Tensor(a!)? main_phi, Tensor(b!)? main_alpha, Tensor(c!)? main_bias, int iterations, float eps_sinkhorn, bool hc, "
     "Tensor? gamma, bool centered) -> "
     "(Tensor dx, Tensor dy, Tensor dres, Tensor dpost, Tensor dgamma, Tensor dphi, Tensor dalpha, Tensor dbias)",
@@ -285,7 +203,7 @@ def _fake_boundary_backward(
 def boundary_backward(
     g: Tensor | None, du: Tensor | None, dpre: Tensor | None, dpost_out: Tensor | None, dres_out: Tensor | None,
     x: Tensor, res: Tensor | None, post: Tensor | None, y: Tensor | None, y_bias: Tensor | None, seed: Tensor | None, p: float,
-    out: Tensor, pre: Tensor, kept: Tensor, alpha: Tensor, bias: Tensor,
+    out: Tensor, pre: Tensor | None, kept: Tensor, alpha: Tensor, bias: Tensor,
     main_phi: Tensor | None, main_alpha: Tensor | None, main_bias: Tensor | None,
     iterations: int, eps_sinkhorn: float, hc: bool, gamma: Tensor | None, centered: bool,
 ) -> Gradients:  # fmt: skip
@@ -293,38 +211,19 @@ def boundary_backward(
 
     Args:
         g, du, dpre, dpost_out, dres_out: gradients of out, u, pre, post_out, res_out; None is zero. du or dpre, not both.
-        out: the streams that phi was multiplied with (x itself without y).
+        out: the streams that phi was multiplied with (x itself without y). pre: None if it is in kept.
         main_phi, main_alpha, main_bias: float32 gradients to add to (all or none) instead of returning new ones.
         The others: as given to `boundary` and returned by it.
 
     Returns:
-        Gradients of x, y, res, post, gamma, phi, alpha, bias; empty where there is nothing to return.
+        Gradients of x, y, res, post, gamma, phi, alpha, bias; None where there is nothing to return.
     """
-    s = sizes(x, streams_of(bias))
-    accumulates = main_phi is not None
-    gradients = _gradients(x, res, post, y, alpha, bias, gamma, accumulates)
-    if not s.t:
-        for gradient in gradients[4:]:  # empty where there is nothing to return
-            gradient.zero_()
-        return gradients
-    lead = x.shape[:-1]
-    if dpost_out is None:
-        dpost_out = bias.new_zeros((*lead, s.n))
-    if dres_out is None:
-        dres_out = bias.new_zeros((*lead, s.n, s.n))
-    if dpre is None:
-        dpre = alpha if du is not None else bias.new_zeros((*lead, s.n))
-    plan = _backward_plan(
-        s, g is not None, du is not None, y is not None, y_bias is not None, seed is not None, accumulates, p,
-        iterations, eps_sinkhorn, hc, None if gamma is None else gamma.dtype, centered,
+    options = BackwardOptions(
+        g is not None, du is not None, main_phi is not None, y is not None, y_bias is not None, seed is not None, p,
+        iterations, eps_sinkhorn, hc, None if gamma is None else gamma.dtype, centered, pre is None,
     )  # fmt: skip
-    parameters = gradients[5:]
-    if main_phi is not None and main_alpha is not None and main_bias is not None:
-        parameters = (main_phi, main_alpha, main_bias)
-    plan.run(
-        x if g is None else g, x if du is None else du, dpre, dpost_out, dres_out,
-        x, x if res is None else res, x if post is None else post, x if y is None else y,
-        x if y_bias is None else y_bias, x if seed is None else seed, out, pre, kept, alpha, bias, x if gamma is None else gamma,
-        bias.new_empty(plan.floats["scratch"]), torch.empty_like(out) if s.wide else out, *gradients[:5], *parameters,
+    call = backward_call(x.shape, streams_of(bias), x.dtype, x.get_device(), options)
+    return call.run(
+        g, du, dpre, dpost_out, dres_out, x, res, post, y, y_bias, seed, out, pre, kept, alpha, bias, gamma,
+        (main_phi, main_alpha, main_bias),
     )  # fmt: skip
-    return gradients

@@ -9,7 +9,10 @@ import torch
 from torch import Tensor
 
 from mhc_kernels.fused import boundary as boundary_operators
-from mhc_kernels.fused import single
+from mhc_kernels.fused import memory, single
+from mhc_kernels.fused.boundary import ForwardOptions as ForwardOptions
+from mhc_kernels.fused.boundary import forward_call as forward_call
+from mhc_kernels.fused.library import observed
 from mhc_kernels.recompute_block import RecomputePlace
 
 
@@ -67,25 +70,31 @@ class Boundary(torch.autograd.Function):
     """``(x, res, post, y, y_bias, ...) -> (x', u, post', res')``: see `mhc_kernels.boundary`.
 
     accumulate: add the gradients of phi, alpha and bias to their ``main_grad``, as Megatron's gradient accumulation
-    fusion does in linear layers, and say so (``grad_added_to_main_grad``).
+    fusion does in linear layers, and say so (``grad_added_to_main_grad``). call: what runs it past the dispatcher where
+    nothing is listening there; None in a compiler.
     """
 
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, res: Tensor, post: Tensor, y: Tensor, y_bias: Tensor | None, seed: Tensor | None, p: float,
         phi: Tensor, alpha: Tensor, bias: Tensor, settings: Settings, accumulate: bool, gamma: Tensor | None, norm: Norm,
-        recompute: RecomputePlace | None,
-    ) -> tuple[Tensor, ...]:  # fmt: skip
-        out, u, pre, post_out, res_out, kept = boundary_operators.boundary(
-            x, res, post, y, y_bias, seed, p, phi, alpha, bias, True, *settings, gamma, *norm
-        )
+        recompute: RecomputePlace | None, call: boundary_operators.ForwardCall | None,
+    ) -> tuple[Tensor | None, ...]:  # fmt: skip
+        if call is None or observed(x, res, post, y, y_bias, seed, phi, alpha, bias, gamma):
+            call = None
+            out, u, _, post_out, res_out, kept = boundary_operators.boundary(
+                x, res, post, y, y_bias, seed, p, phi, alpha, bias, True, *settings, gamma, *norm
+            )
+        else:
+            out, u, _, post_out, res_out, kept = call.run(x, res, post, y, y_bias, seed, phi, alpha, bias, gamma)
         if recompute is not None and any(ctx.needs_input_grad):  # else there will be no node
             recompute.enter(ctx, x, out)
-        ctx.recompute, ctx.unpacked = recompute, None
+        ctx.recompute, ctx.unpacked, ctx.call = recompute, None, call
         kept_x = x if recompute is None or recompute.is_first else None
         kept_out = out if recompute is None or recompute.is_last else None
-        ctx.save_for_backward(kept_x, res, post, y, y_bias, seed, kept_out, pre, kept, phi, alpha, bias, gamma)
-        ctx.p, ctx.settings, ctx.accumulate, ctx.norm = p, settings, accumulate, norm
+        own_phi = phi if accumulate else None  # kept has its values
+        ctx.save_for_backward(kept_x, res, post, y, y_bias, seed, kept_out, kept, own_phi, alpha, bias, gamma)
+        ctx.p, ctx.settings, ctx.norm = p, settings, norm
         ctx.set_materialize_grads(False)
         return out, u, post_out, res_out
 
@@ -93,20 +102,21 @@ class Boundary(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor | None, du: Tensor | None, dpost: Tensor | None, dres: Tensor | None) -> Any:
         _refuse_second_derivatives()
         try:
-            x, res, post, y, y_bias, seed, out, pre, kept, phi, alpha, bias, gamma = _unpacked(ctx)
+            x, res, post, y, y_bias, seed, out, kept, phi, alpha, bias, gamma = _unpacked(ctx)
             if out is None:
                 out = ctx.recompute.next().streams(_mix_again)
             if x is None:
                 x = ctx.recompute.streams(_mix_again)
             dx, dy, dres_in, dpost_in, dgamma, *parameters = _boundary_backward(
-                ctx, g, du, None, dpost, dres, x, res, post, y, y_bias, seed, ctx.p, out, pre, kept, phi, alpha, bias, gamma
+                ctx, g, du, None, dpost, dres, x, res, post, y, y_bias, seed, ctx.p, out, None, kept, phi, alpha, bias, gamma
             )  # fmt: skip
         finally:
             ctx.unpacked = None  # it may hold what this node has made
         if ctx.recompute is not None:
             ctx.recompute.release()
         norm = (None if gamma is None else dgamma, None)
-        return dx, dres_in, dpost_in, dy, _bias_gradient(dy, y_bias), None, None, *parameters, None, None, *norm, None
+        of_inputs = (dx, dres_in, dpost_in, dy, _bias_gradient(dy, y_bias))
+        return *of_inputs, None, None, *parameters, None, None, *norm, None, None
 
 
 def _unpacked(context: Any) -> tuple[Any, ...]:
@@ -131,24 +141,29 @@ class Connect(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, settings: Settings, accumulate: bool,
-        gamma: Tensor | None, norm: Norm,
-    ) -> tuple[Tensor, ...]:  # fmt: skip
-        _, u, pre, post, res, kept = boundary_operators.boundary(
-            x, None, None, None, None, None, 0.0, phi, alpha, bias, True, *settings, gamma, *norm
-        )
-        ctx.save_for_backward(x, pre, kept, phi, alpha, bias, gamma)
-        ctx.settings, ctx.accumulate, ctx.norm = settings, accumulate, norm
+        gamma: Tensor | None, norm: Norm, call: boundary_operators.ForwardCall | None,
+    ) -> tuple[Tensor | None, ...]:  # fmt: skip
+        if call is None or observed(x, phi, alpha, bias, gamma):
+            call = None
+            _, u, _, post, res, kept = boundary_operators.boundary(
+                x, None, None, None, None, None, 0.0, phi, alpha, bias, True, *settings, gamma, *norm
+            )
+        else:
+            _, u, _, post, res, kept = call.run(x, None, None, None, None, None, phi, alpha, bias, gamma)
+        ctx.call = call
+        ctx.save_for_backward(x, kept, phi if accumulate else None, alpha, bias, gamma)
+        ctx.settings, ctx.norm = settings, norm
         ctx.set_materialize_grads(False)
         return x, u, post, res
 
     @staticmethod
     def backward(ctx: Any, g: Tensor | None, du: Tensor | None, dpost: Tensor | None, dres: Tensor | None) -> Any:
         _refuse_second_derivatives()
-        x, pre, kept, phi, alpha, bias, gamma = ctx.saved_tensors
+        x, kept, phi, alpha, bias, gamma = ctx.saved_tensors
         dx, _, _, _, dgamma, *parameters = _boundary_backward(
-            ctx, g, du, None, dpost, dres, x, None, None, None, None, None, 0.0, x, pre, kept, phi, alpha, bias, gamma
+            ctx, g, du, None, dpost, dres, x, None, None, None, None, None, 0.0, x, None, kept, phi, alpha, bias, gamma
         )
-        return dx, *parameters, None, None, None if gamma is None else dgamma, None
+        return dx, *parameters, None, None, None if gamma is None else dgamma, None, None
 
 
 class Mappings(torch.autograd.Function):
@@ -161,36 +176,18 @@ class Mappings(torch.autograd.Function):
         _, _, pre, post, res, kept = boundary_operators.boundary(
             x, None, None, None, None, None, 0.0, phi, alpha, bias, False, *settings, None, *NO_NORM
         )
-        ctx.save_for_backward(x, pre, kept, phi, alpha, bias)
-        ctx.settings, ctx.accumulate, ctx.norm = settings, False, NO_NORM
+        ctx.save_for_backward(x, pre, kept, alpha, bias)
+        ctx.settings, ctx.norm, ctx.call = settings, NO_NORM, None
         ctx.set_materialize_grads(False)
         return pre, post, res
 
     @staticmethod
     def backward(ctx: Any, dpre: Tensor | None, dpost: Tensor | None, dres: Tensor | None) -> Any:
         _refuse_second_derivatives()
-        x, pre, kept, phi, alpha, bias = ctx.saved_tensors
+        x, pre, kept, alpha, bias = ctx.saved_tensors
+        nothing = (None,) * 5
         dx, _, _, _, _, *parameters = _boundary_backward(
-            ctx,
-            None,
-            None,
-            dpre,
-            dpost,
-            dres,
-            x,
-            None,
-            None,
-            None,
-            None,
-            None,
-            0.0,
-            x,
-            pre,
-            kept,
-            phi,
-            alpha,
-            bias,
-            None,
+            ctx, None, None, dpre, dpost, dres, x, *nothing, 0.0, x, pre, kept, None, alpha, bias, None
         )
         return dx, *parameters, None
 
@@ -198,21 +195,29 @@ class Mappings(torch.autograd.Function):
 def _boundary_backward(
     ctx: Any, g: Tensor | None, du: Tensor | None, dpre: Tensor | None, dpost: Tensor | None, dres: Tensor | None,
     x: Tensor, res: Tensor | None, post: Tensor | None, y: Tensor | None, y_bias: Tensor | None, seed: Tensor | None, p: float,
-    out: Tensor, pre: Tensor, kept: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, gamma: Tensor | None,
+    out: Tensor, pre: Tensor | None, kept: Tensor, phi: Tensor | None, alpha: Tensor, bias: Tensor, gamma: Tensor | None,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    mains: tuple[Tensor | None, ...] = _main_gradients((phi, alpha, bias)) if ctx.accumulate else (None, None, None)
-    settings = ctx.settings
-    gradients = boundary_operators.boundary_backward(
-        _contiguous(g), _contiguous(du), _contiguous(dpre), _contiguous(dpost), _contiguous(dres),
-        x, res, post, y, y_bias, seed, p, out, pre, kept, alpha, bias, *mains,
-        settings.iterations, settings.eps_sinkhorn, settings.hc, gamma, ctx.norm.centered,
-    )  # fmt: skip
-    if mains[0] is None:
+    """phi: None unless gradients are accumulated."""
+    mains: tuple[Tensor | None, ...] = (None, None, None) if phi is None else _main_gradients((phi, alpha, bias))
+    call, given = ctx.call, (_contiguous(g), _contiguous(du), _contiguous(dpre), _contiguous(dpost), _contiguous(dres))
+    if call is None or torch.compiler.is_compiling() or observed(*given):
+        settings = ctx.settings
+        empty_like: Callable[..., Tensor] = torch.empty_like
+        gradients = boundary_operators.boundary_backward(
+            *given, x, res, post, y, y_bias, seed, p, out, pre, kept, alpha, bias, *mains,
+            settings.iterations, settings.eps_sinkhorn, settings.hc, gamma, ctx.norm.centered,
+        )  # fmt: skip
+    else:
+        empty_like = memory.empty_like
+        gradients = call.backward(g is not None, du is not None, mains[0] is not None).run(
+            *given, x, res, post, y, y_bias, seed, out, pre, kept, alpha, bias, gamma, mains
+        )
+    if phi is None or mains[0] is None:
         return gradients
     for parameter in (phi, alpha, bias):
         parameter.grad_added_to_main_grad = True  # type: ignore[attr-defined]
     # A gradient must arrive for Megatron's hook to run; it looks at the mark and drops this one.
-    return (*gradients[:5], *(torch.empty_like(parameter) for parameter in (phi, alpha, bias)))
+    return (*gradients[:5], *(empty_like(parameter) for parameter in (phi, alpha, bias)))
 
 
 class Mix(torch.autograd.Function):

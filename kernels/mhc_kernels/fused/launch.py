@@ -1,9 +1,9 @@
 """Launching kernels with little host time.
 
 A `Plan` has the launches of one operator for given sizes and options. Its first run goes through Triton, which inspects every
-argument, compiles what is missing and returns the compiled kernels; later runs hand them the arrays' addresses and nothing else.
-The direct path uses what Triton 3.6 has inside a compiled kernel; with any other release, and on AMD GPUs, every run goes through
-Triton.
+argument, compiles what is missing and returns the compiled kernels; later runs hand the CUDA driver the arrays' addresses and
+nothing else (`direct`). That relies on what Triton 3.6 has inside a compiled kernel; with any other release, and on AMD GPUs,
+every run goes through Triton.
 """
 
 from __future__ import annotations
@@ -11,8 +11,9 @@ from __future__ import annotations
 import math
 import os
 import time
+import warnings
 from collections.abc import Sequence
-from operator import itemgetter
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -20,8 +21,11 @@ import triton
 from torch import Tensor
 from triton import knobs
 
+from mhc_kernels.fused.direct import DirectLaunches, Launch, UnsupportedError
+
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 _DIRECT = triton.__version__.split(".")[:2] == ["3", "6"] and torch.version.hip is None and not INTERPRET
+_address = Tensor.data_ptr
 _ALIGNMENT = 16  # bytes; what Triton specialises pointers on
 
 
@@ -61,11 +65,10 @@ class Part(NamedTuple):
 
 
 def divide(base: str, **arrays: tuple[tuple[int, ...], torch.dtype]) -> dict[str, Part]:
-    """Arrays (shape, dtype) one after the other in ``base``: all but the last have a multiple of 16 bytes."""
+    """Arrays (shape, dtype) one after the other in ``base``, each at a multiple of 16 bytes."""
     parts, offset = {}, 0
     for name, (shape, dtype) in arrays.items():
-        assert offset % _ALIGNMENT == 0, (name, offset)
-        parts[name] = Part(base, offset, shape, dtype)
+        parts[name] = Part(base, -(-offset // _ALIGNMENT) * _ALIGNMENT, shape, dtype)
         offset = parts[name].end
     return parts
 
@@ -88,74 +91,79 @@ class Plan:
         tensors: names of what `run` gets.
         steps: the launches.
         parts: arrays inside those tensors.
-        unaligned: the last so many tensors may be at any address (``do_not_specialize_on_alignment``): Megatron's gradient
-            buffers have no gaps.
+        unchecked: of the last so many tensors the alignment is not looked at: they were just allocated, or the kernels take them
+            at any address (``do_not_specialize_on_alignment``; Megatron's gradient buffers have no gaps).
     """
 
     def __init__(
-        self, tensors: tuple[str, ...], steps: Sequence[Step], parts: dict[str, Part] | None = None, unaligned: int = 0
+        self, tensors: tuple[str, ...], steps: Sequence[Step], parts: dict[str, Part] | None = None, unchecked: int = 0
     ):
         self._names, self._steps, self._parts = tensors, tuple(steps), parts or {}
-        self._aligned = len(tensors) - unaligned
+        self._checked = len(tensors) - unchecked
         self._offsets = tuple((tensors.index(part.base), part.offset) for part in self._parts.values())
-        self._ready: dict[int, list[tuple]] = {}
+        self._direct: dict[int, DirectLaunches | None] = {}
+        """By device; None: its kernels can't be launched that way."""
         self.floats: dict[str, int] = {}
         """Sizes of the tensors that hold parts."""
         for part in self._parts.values():
-            self.floats[part.base] = max(self.floats.get(part.base, 0), part.end // 4)
+            self.floats[part.base] = max(self.floats.get(part.base, 0), -(-part.end // 4))
 
     def run(self, *tensors: Tensor) -> None:
         """Launch on the current stream of the first tensor's device."""
         device = tensors[0].get_device()
-        pointers = [tensor.data_ptr() for tensor in tensors]
+        addresses = list(map(_address, tensors))
         bits = 0
-        for pointer in pointers[: self._aligned]:
-            bits |= pointer
+        for address in addresses[: self._checked]:
+            bits |= address
         aligned = not bits % _ALIGNMENT
-        ready = self._ready.get(device)
+        direct = self._direct.get(device)
         if (
-            ready is None
+            direct is None
             or not aligned
             or device != torch._C._cuda_getDevice()
             or knobs.runtime.launch_enter_hook.calls
         ):
             self._by_triton(device, tensors, aligned)
             return
-        for index, offset in self._offsets:
-            pointers.append(pointers[index] + offset)
-        stream = torch._C._cuda_getCurrentRawStream(device)
-        for launch, grid, compiled, take, rest in ready:
-            launch(*grid, stream, *compiled, *take(pointers), *rest)
+        addresses += [addresses[index] + offset for index, offset in self._offsets]
+        direct.run(addresses, torch._C._cuda_getCurrentRawStream(device))
 
     def _by_triton(self, device: int, tensors: Sequence[Tensor], aligned: bool) -> None:
         arrays = dict(zip(self._names, tensors, strict=True))
         for name, part in self._parts.items():
             arrays[name] = part.view(arrays[part.base])
-        places = {name: place for place, name in enumerate((*self._names, *self._parts))}
-        ready, plain = [], True
-        for step in self._steps:
-            started = time.perf_counter()
-            own = [arrays[name] for name in step.arrays]
-            arguments = (*own, *step.scalars, *step.meta)
-            if device >= 0:
-                with torch.cuda.device(device):
-                    compiled = step.kernel[step.grid](*arguments, num_warps=step.warps)
-            else:  # the interpreter
-                compiled = step.kernel[step.grid](*arguments)
-            dtypes = tuple(array.dtype for array in own)
-            CompileTimes.add((step.kernel, step.meta, step.warps, device, dtypes), time.perf_counter() - started)
-            if _DIRECT:
-                take = itemgetter(*(places[name] for name in step.arrays))
-                ready.append((*_direct(compiled, step.grid), take, (*step.scalars, *step.meta)))
-                plain = plain and not compiled._run.global_scratch_size and not compiled._run.profile_scratch_size
-        if _DIRECT and aligned and plain:  # scratch: instrumented kernels
-            self._ready[device] = ready
+        if INTERPRET:
+            for step in self._steps:
+                self._build(step, arrays, device)
+            return
+        with torch.cuda.device(device):
+            kernels = [self._build(step, arrays, device) for step in self._steps]
+            if _DIRECT and aligned and device not in self._direct:
+                self._direct[device] = self._prepare(kernels)
+
+    def _build(self, step: Step, arrays: dict[str, Tensor], device: int) -> Any:
+        started = time.perf_counter()
+        own = [arrays[name] for name in step.arrays]
+        options = {} if INTERPRET else {"num_warps": step.warps}
+        compiled = step.kernel[step.grid](*own, *step.scalars, *step.meta, **options)
+        dtypes = tuple(array.dtype for array in own)
+        CompileTimes.add((step.kernel, step.meta, step.warps, device, dtypes), time.perf_counter() - started)
+        return compiled
+
+    def _prepare(self, kernels: list[Any]) -> DirectLaunches | None:
+        names = (*self._names, *self._parts)
+        places = {name: place for place, name in enumerate(names)}  # a part hides a tensor of its name
+        launches = [
+            Launch(kernel, step.grid, tuple(places[name] for name in step.arrays), (*step.scalars, *step.meta))
+            for kernel, step in zip(kernels, self._steps, strict=True)
+        ]
+        try:
+            return DirectLaunches(launches, len(names))
+        except UnsupportedError as error:
+            _warn_once(str(error))
+            return None
 
 
-def _direct(compiled: Any, grid: tuple[int, int, int]) -> tuple[Any, tuple, tuple]:
-    """The function that launches, the grid, and what comes after the stream and before the kernel's arguments."""
-    run = compiled._run
-    fixed = (
-        compiled.function, run.launch_cooperative_grid, run.launch_pdl, None, None, compiled.packed_metadata, None, None, None,
-    )  # fmt: skip
-    return run.launch, grid, fixed
+@cache
+def _warn_once(reason: str) -> None:
+    warnings.warn(f"mhc_kernels: {reason}; its launches go through Triton, which takes more host time", stacklevel=5)

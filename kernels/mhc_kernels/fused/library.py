@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -23,31 +24,47 @@ def cdiv(a: int, b: int) -> int:
 def operator(schema: str, fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Define an operator: the decorated function on CUDA (under Triton's interpreter on the CPU), ``fake`` for shapes.
 
+    Both may return None for some of several results: the operator then has an empty tensor there.
+
     What the decorator returns goes through PyTorch's dispatcher only where something may be listening there: in a
-    compiler, under a dispatch mode (fake tensors), or for tensor subclasses. Else it calls the function, which
-    saves the dispatcher's host time.
+    compiler, and where arguments are `observed`. Else it calls the function, which saves the dispatcher's host time.
     """
     name = schema.split("(")[0]
     _LIBRARY.define(schema)
-    torch.library.register_fake(f"mhc_kernels::{name}", fake, lib=_LIBRARY)
+    torch.library.register_fake(f"mhc_kernels::{name}", _without_none(fake), lib=_LIBRARY)
 
     def implement(function: Callable[..., Any]) -> Callable[..., Any]:
-        _LIBRARY.impl(name, function, "CUDA")
+        complete = _without_none(function)
+        _LIBRARY.impl(name, complete, "CUDA")
         if INTERPRET:
-            _LIBRARY.impl(name, function, "CPU")
+            _LIBRARY.impl(name, complete, "CPU")
         op = getattr(torch.ops.mhc_kernels, name).default
 
         @functools.wraps(function)
         def call(*arguments: Any) -> Any:
-            if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
-                return op(*arguments)
-            if not _PLAIN.issuperset(map(type, arguments)):
-                return op(*arguments)
-            return function(*arguments)
+            return op(*arguments) if torch.compiler.is_compiling() or observed(*arguments) else function(*arguments)
 
         return call
 
     return implement
+
+
+def _without_none(function: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(function)
+    def complete(*arguments: Any) -> Any:
+        results = function(*arguments)
+        if isinstance(results, Tensor):
+            return results
+        like = next(result for result in results if result is not None)
+        return tuple(like.new_empty(0) if result is None else result for result in results)
+
+    return complete
+
+
+def observed(*arguments: Any) -> bool:
+    """Whether an operator's call has to go through the dispatcher: under a dispatch mode (fake tensors), for tensor
+    subclasses."""
+    return torch._C._len_torch_dispatch_stack() != 0 or not _PLAIN.issuperset(map(type, arguments))
 
 
 _PLAIN = {Tensor, torch.nn.Parameter, type(None), float, int, bool}  # no tensor subclasses
@@ -65,7 +82,7 @@ class Sizes:
     - sums_width: columns of the projection's partial sums; sums_low: where lo's start, if they are not added to hi's.
     - da_width: columns of da, the gradient of the projected values: bf16 hi, and lo da_low further (0: none); if wide, those
       of H_res first, without lo. partial_rows: rows of dphi's partial sums.
-    - kept: float32 numbers that a forward leaves for its backward.
+    - kept: float32 numbers that every forward leaves for its backward.
     """
 
     def __init__(self, t: int, c: int, n: int, dtype: torch.dtype, device: int):
@@ -99,6 +116,11 @@ class Sizes:
 
 
 _sizes = functools.lru_cache(1024)(Sizes)
+
+
+def sizes_of(shape: tuple[int, ...], n: int, dtype: torch.dtype, device: int) -> Sizes:
+    """`Sizes` of streams of this shape, ``[..., n*C]``."""
+    return _sizes(math.prod(shape[:-1]), shape[-1] // n, n, dtype, device)
 
 
 def sizes(x: Tensor, n: int) -> Sizes:

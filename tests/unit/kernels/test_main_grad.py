@@ -8,7 +8,12 @@ import torch
 from mhc_kernels import boundary
 from tests.unit.kernels.cases import PARAMETERS, Case
 
-pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
+@pytest.fixture(params=["poisoned", "as it comes"], autouse=True)
+def memory(request: pytest.FixtureRequest) -> None:
+    """Poisoned, and as a training step has it: that is another way to allocate (`fused/memory.py`)."""
+    if request.param == "poisoned":
+        request.getfixturevalue("poisoned_memory")
 
 
 def test_main_grad_accumulates() -> None:

@@ -85,12 +85,18 @@ def test_operators_pass_opcheck() -> None:
     torch.library.opcheck(ops.sinkhorn_backward.default, (g[3], a["res"], 20, 0.0), test_utils=tests)
     alone = (x, None, None, None, None, None, 0.0)
     no_norm = (None, 0.0, False)
-    torch.library.opcheck(ops.boundary.default, (*alone, *own, False, *settings, *no_norm), test_utils=tests)
+    for aggregates in (True, False):
+        torch.library.opcheck(ops.boundary.default, (*alone, *own, aggregates, *settings, *no_norm), test_utils=tests)
+    _, _, pre, _, _, kept = ops.boundary.default(*alone, *own, False, *settings, *no_norm)
+    rest = (x, pre, kept, *own[1:], None, None, None, 20, 0.0, False, None, False)
+    torch.library.opcheck(
+        ops.boundary_backward.default, (None, None, a["post"], *g[2:], *alone, *rest), test_utils=tests
+    )
     upstream = (g[0].flatten(-2), g[1], None, g[2], g[3])
     for norm in (no_norm, (gamma, 1e-5, False)):
         torch.library.opcheck(ops.boundary.default, (*mixed, *own, True, *settings, *norm), test_utils=tests)
-        out, _, pre, _, _, kept = ops.boundary.default(*mixed, *own, True, *settings, *norm)
-        rest = (out, pre, kept, *own[1:])
+        out, _, _, _, _, kept = ops.boundary.default(*mixed, *own, True, *settings, *norm)
+        rest = (out, None, kept, *own[1:])
         for mains in ((None, None, None), tuple(torch.zeros_like(p) for p in own)):
             arguments = (*upstream, *mixed, *rest, *mains, 20, 0.0, False, norm[0], norm[2])
             torch.library.opcheck(ops.boundary_backward.default, arguments, test_utils=tests)

@@ -1,0 +1,275 @@
+"""What pipeline transfers of streams cost a training step on two GPUs.
+
+    torchrun --nproc-per-node 2 benchmarks/pipeline.py [--vpp 1 2 4] [--layers 8] [--microbatches 8] [--kinds ...]
+                                                       [--json FILE] [--timeline PNG]
+
+Kinds: residual; wide-stock (mHC, n*C values a token in Megatron's own transfers, its waits for sends included); wide (sends that
+nobody waits for); split (`mhc_megatron.pipeline.split`). Layers of the paper's 27B shape, one dense and the others MoE with
+forced load balancing, Transformer Engine, bf16, forward and backward by Megatron's schedule, no optimizer.
+
+Exposed: a step's time minus that of the same step with transfers replaced by local copies: each one still sends one element,
+so stages wait for each other as before, and copies the rest from a buffer of its own. All kinds are built in one process and
+take turns in random order; medians.
+
+The link is NCCL's choice, and the environment's: NVLink by default; shared memory with NCCL_P2P_DISABLE=1; sockets over
+loopback with NCCL_P2P_DISABLE=1 NCCL_SHM_DISABLE=1 NCCL_SOCKET_IFNAME=lo. Its speed is measured and printed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import random
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+KINDS = ("residual", "wide-stock", "wide", "split")
+
+
+class Run:
+    """One kind's chunks on this rank, and its steps."""
+
+    def __init__(self, kind: str, vpp: int, options: argparse.Namespace):
+        from blocks import build_chunks
+
+        self.kind, self.options = kind, options
+        self.chunks, self.config = build_chunks(kind, vpp, options.layers, options.sequence, options.tiny)
+        self.times: dict[bool, list[float]] = {False: [], True: []}
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        shape = (options.microbatch, options.sequence)
+        self.ids = torch.randint(0, 256, shape, device=device)
+        self.positions = torch.arange(options.sequence, device=device).expand(shape)
+        mask = torch.ones(options.sequence, options.sequence, dtype=torch.bool, device=device).triu(1)[None, None]
+        self.mask = mask if options.tiny else None  # Transformer Engine knows that it is causal
+
+    def __call__(self, local: bool = False) -> float:
+        """Milliseconds of one step, all ranks together. local: without the transfers."""
+        from megatron.core.pipeline_parallel import get_forward_backward_func
+
+        def forward_step(_: Any, model: torch.nn.Module) -> Any:
+            output = model(self.ids, self.positions, self.mask, labels=self.ids)
+            return output, lambda loss: (loss.float().mean(), {})
+
+        several = len(self.chunks) > 1
+        with _communicator(self.kind), _local_copies() if local else contextlib.nullcontext():
+            _synchronize()
+            dist.barrier()
+            started = time.perf_counter()
+            get_forward_backward_func()(
+                forward_step_func=forward_step,
+                data_iterator=[iter(()) for _ in self.chunks] if several else iter(()),
+                model=self.chunks if several else self.chunks[0],
+                num_microbatches=self.options.microbatches,
+                seq_length=self.options.sequence,
+                micro_batch_size=self.options.microbatch,
+                forward_only=False,
+            )
+            _synchronize()
+            dist.barrier()
+            elapsed = (time.perf_counter() - started) * 1e3
+        for chunk in self.chunks:
+            for parameter in chunk.parameters():
+                parameter.grad = None
+        return elapsed
+
+    def peak_gib(self) -> float:
+        """Peak of a step above what is allocated before it, on this rank."""
+        if not torch.cuda.is_available():
+            return float("nan")
+        torch.cuda.empty_cache()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        self()
+        return (torch.cuda.max_memory_allocated() - before) / 2**30
+
+
+def _synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+@contextlib.contextmanager
+def _communicator(kind: str) -> Iterator[None]:
+    """The schedules' communicator for a kind."""
+    from megatron.core.pipeline_parallel import schedules
+    from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
+
+    from mhc_megatron.pipeline.communicator import StreamsCommunicator
+    from mhc_megatron.pipeline.state import pipeline_state
+
+    class WideAsStock(P2PCommunicator):
+        """What Megatron does with tensors that are n times as wide."""
+
+        def _communicate(self, *, tensor_shape: Any, **rest: Any) -> Any:
+            if tensor_shape is not None:
+                tensor_shape = (*tensor_shape[:-1], tensor_shape[-1] * pipeline_state(self.config).num_streams)
+            return super()._communicate(tensor_shape=tensor_shape, **rest)
+
+    known = {"residual": P2PCommunicator, "wide-stock": WideAsStock}
+    before = schedules.P2PCommunicator
+    schedules.P2PCommunicator = known.get(kind, StreamsCommunicator)
+    try:
+        yield
+    finally:
+        schedules.P2PCommunicator = before
+
+
+@contextlib.contextmanager
+def _local_copies() -> Iterator[None]:
+    """Every transfer sends one element; what is received besides is copied from here."""
+    send, receive = dist.ProcessGroup.send, dist.ProcessGroup.recv
+    noise: dict[Any, torch.Tensor] = {}
+
+    def first(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+        return [tensor.detach().view(-1)[:1] for tensor in tensors]
+
+    def send_one(self: Any, tensors: list[torch.Tensor], *rest: Any, **named: Any) -> Any:
+        return send(self, first(tensors), *rest, **named)
+
+    def receive_one(self: Any, tensors: list[torch.Tensor], *rest: Any, **named: Any) -> Any:
+        for tensor in tensors:
+            key = (tensor.numel(), tensor.dtype)
+            if key not in noise:
+                noise[key] = torch.randn(tensor.numel(), device=tensor.device).to(tensor.dtype)
+            tensor.detach().view(-1).copy_(noise[key])
+        return receive(self, first(tensors), *rest, **named)
+
+    dist.ProcessGroup.send, dist.ProcessGroup.recv = send_one, receive_one
+    try:
+        yield
+    finally:
+        dist.ProcessGroup.send, dist.ProcessGroup.recv = send, receive
+
+
+def link_speed(elements: int) -> float:
+    """GB/s from rank 0 to rank 1 of a bf16 tensor."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    tensor = torch.zeros(elements, dtype=torch.bfloat16, device=device)
+    times = []
+    for _ in range(6):
+        _synchronize()
+        dist.barrier()
+        started = time.perf_counter()
+        work = dist.isend(tensor, 1) if dist.get_rank() == 0 else dist.irecv(tensor, 0)
+        work.wait()
+        _synchronize()
+        times.append(time.perf_counter() - started)
+    return 2 * elements / median(times[1:]) / 1e9
+
+
+def measure(vpp: int, options: argparse.Namespace) -> dict[str, dict[str, float]]:
+    """Step times of all kinds."""
+    from megatron.core import parallel_state
+
+    parallel_state.set_virtual_pipeline_model_parallel_world_size(vpp if vpp > 1 else None)
+    runs = [Run(kind, vpp, options) for kind in options.kinds]
+    results: dict[str, dict[str, float]] = {}
+    for run in runs:
+        for local in (False, False, True):
+            run(local)
+        results[run.kind] = {"peak_gib": run.peak_gib()}
+    shuffle = random.Random(0)  # the same order on all ranks
+    turns = [(run, local) for run in runs for local in (False, True)]
+    for _ in range(options.steps):
+        shuffle.shuffle(turns)
+        for run, local in turns:
+            run.times[local].append(run(local))
+    for run in runs:
+        step, alone = median(run.times[False]), median(run.times[True])
+        results[run.kind] |= {"step_ms": step, "local_ms": alone, "exposed_ms": step - alone}
+    if options.timeline:
+        for run in runs:
+            _trace(run, options.timeline.with_name(f"{options.timeline.stem}_vpp{vpp}_{run.kind}.png"))
+    del runs
+    return results
+
+
+def _trace(run: Run, picture: Path) -> None:
+    from timeline import draw
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        run()
+    if dist.get_rank() == 0:
+        draw(profiler, picture, f"{run.kind}, rank 0")
+
+
+def show(vpp: int, results: dict[str, dict[str, float]], speed: float) -> None:
+    """Print one table."""
+    print(f"\nPP2 x VPP{vpp}, link {speed:.1f} GB/s; ms, GiB on rank 0")
+    print("kind            step   local copies   exposed   of residual's     peak")
+    base = results.get("residual", {}).get("exposed_ms", float("nan"))
+    for kind, r in results.items():
+        print(
+            f"{kind:12s} {r['step_ms']:8.2f} {r['local_ms']:12.2f} {r['exposed_ms']:10.2f} {r['exposed_ms'] / base:14.2f} "
+            f"{r['peak_gib']:9.2f}",
+            flush=True,
+        )
+
+
+def _start(options: argparse.Namespace) -> None:
+    if options.tiny:
+        from mhc_megatron import cpu
+
+        cpu.install()
+    else:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+    dist.init_process_group("gloo" if options.tiny else "nccl")
+    if dist.get_world_size() != 2:
+        raise SystemExit(f"benchmarks/pipeline.py: {dist.get_world_size()} processes; it wants two")
+    parallel_state.initialize_model_parallel(pipeline_model_parallel_size=2)
+    model_parallel_cuda_manual_seed(0)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--vpp", type=int, nargs="+", default=[1, 2, 4])
+    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--microbatches", type=int, default=8)
+    parser.add_argument("--microbatch", type=int, default=1, help="sequences")
+    parser.add_argument("--sequence", type=int, default=4096)
+    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--kinds", type=lambda s: s.split(","), default=list(KINDS))
+    parser.add_argument("--tiny", action="store_true", help="small sizes on the CPU, with gloo: to try the benchmark")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--timeline", type=Path, help="a picture a kind, of one step")
+    options = parser.parse_args()
+    if unknown := set(options.kinds) - set(KINDS):
+        parser.error(f"--kinds {', '.join(unknown)}: choose from {', '.join(KINDS)}")
+    for vpp in options.vpp:
+        if options.layers % (2 * vpp):
+            parser.error(f"--layers {options.layers} is not a multiple of 2 stages x {vpp} chunks (--vpp)")
+    _start(options)
+    speed = link_speed(2**12 if options.tiny else 42 * 2**20)
+    everything = {}
+    for vpp in options.vpp:
+        try:
+            everything[vpp] = measure(vpp, options)
+        except torch.OutOfMemoryError as error:
+            print(f"PP2 x VPP{vpp}: {error}")
+            continue
+        if dist.get_rank() == 0:
+            show(vpp, everything[vpp], speed)
+    if options.json and dist.get_rank() == 0:
+        device = "CPU" if options.tiny else torch.cuda.get_device_name()
+        keep = {k: v for k, v in vars(options).items() if k not in ("json", "timeline")}
+        link = {k: v for k, v in os.environ.items() if k.startswith("NCCL_")}
+        settings = {**keep, "device": device, "torch": torch.__version__, "environment": link, "gb_per_s": speed}
+        options.json.write_text(json.dumps({"settings": settings, "results": everything}, indent=1))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

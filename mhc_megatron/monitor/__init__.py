@@ -1,0 +1,1 @@
+"""Whether mHC is healthy while it trains: gains of the mappings, logged (`monitor`), and drawn afterwards (`command`)."""

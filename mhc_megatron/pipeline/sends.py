@@ -1,0 +1,40 @@
+"""Sends that nobody waits for: what they send stays alive until it has gone, and no longer."""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import Any
+
+from torch import Tensor
+
+
+class NoWait:
+    """Stands for the handle of a send whose tensor somebody else keeps: the compute stream need not stop for it."""
+
+    def wait(self) -> None:
+        """Return at once."""
+
+
+class Sends:
+    """Tensors under way, each with the handle of its send."""
+
+    def __init__(self) -> None:
+        self._under_way: deque[tuple[Any, Tensor]] = deque()
+
+    def __len__(self) -> int:
+        return len(self._under_way)
+
+    def keep(self, work: Any, tensor: Tensor) -> None:
+        """Hold ``tensor`` until ``work``, its send, is complete."""
+        earlier = len(self._under_way)
+        self._under_way.append((work, tensor))
+        if tensor.is_cuda:
+            self.release()
+            return
+        for _ in range(earlier):  # gloo tells that a send is complete only if asked to wait for it
+            self._under_way.popleft()[0].wait()
+
+    def release(self) -> None:
+        """Let go of what has gone."""
+        while self._under_way and self._under_way[0][0].is_completed():
+            self._under_way.popleft()

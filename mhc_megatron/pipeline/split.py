@@ -1,0 +1,171 @@
+"""A boundary between pipeline stages that costs C values a token and direction, not n*C.
+
+A stage boundary carries ``x' = H_res @ x + outer(H_post, y)``. ``H_res @ x`` is known before the chunk's last sublayer F runs;
+y and H_post make the rest. So the sender sends ``H_res @ x`` [s, b, n*C] on the side channel (`depart`), runs F, and
+hands ``[y | H_post]`` to the schedule (`pack`); the receiver adds up (`arrive`). Backward: the gradients of y and H_post
+come back in the schedule's own transfer, F's backward runs, and only then is the gradient of ``H_res @ x`` needed.
+
+``[y | H_post]`` is one contiguous tensor [s, b, C + columns] in the streams' dtype, as the schedule wants it: first y [s, b,
+C], then H_post's float32 bits. Nobody else computes with it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mhc_kernels import RecomputePlace, aggregate, mix
+from mhc_megatron.pipeline.side_channel import Arrival, SideChannel
+from mhc_megatron.pipeline.state import PipelineState
+
+_ARRIVAL = "_mhc_arrival"  # on a tensor that the schedule has received: what comes on the side
+
+
+def columns(num_streams: int, dtype: torch.dtype) -> int:
+    """What H_post takes beside y's C columns in tensors of ``dtype``."""
+    return num_streams * torch.float32.itemsize // dtype.itemsize
+
+
+def accompany(received: Tensor, arrival: Arrival) -> None:
+    """Note on a tensor of the schedule what comes on the side with it."""
+    setattr(received, _ARRIVAL, arrival)
+
+
+class Departure:
+    """One microbatch's output of one chunk: what the two autograd nodes that stand for it share."""
+
+    def __init__(self, channel: SideChannel):
+        self.channel = channel
+        self.gradient: Arrival | None = None
+
+
+class _Depart(torch.autograd.Function):
+    """(streams, post) -> post, and the streams are sent. It comes before F, so its backward comes after F's."""
+
+    @staticmethod
+    def forward(ctx: Any, streams: Tensor, post: Tensor, departure: Departure) -> Tensor:
+        departure.channel.send_streams(streams.detach())
+        ctx.departure = departure
+        return post.view_as(post)
+
+    @staticmethod
+    def backward(ctx: Any, dpost: Tensor) -> Any:
+        gradient, ctx.departure.gradient = ctx.departure.gradient, None
+        return gradient.wait(), dpost, None
+
+
+class _Pack(torch.autograd.Function):
+    """y [s, b, C], post [s, b, n] -> [y | post]."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, post: Tensor, departure: Departure) -> Tensor:
+        ctx.departure, ctx.num_streams = departure, post.shape[-1]
+        return _join(y, post)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        ctx.departure.gradient = getattr(gradient, _ARRIVAL, None)
+        if ctx.departure.gradient is None:
+            raise RuntimeError(
+                "mHC: a pipeline stage's gradient came without that of the streams; use --mhc-pipeline-comm wide where "
+                "something replaces the schedule's tensors"
+            )
+        return *_part(gradient, ctx.num_streams), None
+
+
+class _Arrive(torch.autograd.Function):
+    """[y | post], H_res @ x -> x' [s, b, n*C], in place of H_res @ x."""
+
+    @staticmethod
+    def forward(ctx: Any, packed: Tensor, streams: Tensor, state: PipelineState, backend: str) -> Tensor:
+        y, post = _part(packed, state.num_streams)
+        # float32 inside, whatever the streams' dtype: H_post is.
+        streams.unflatten(-1, (state.num_streams, -1)).addcmul_(post.unsqueeze(-1), y.unsqueeze(-2))
+        ctx.save_for_backward(packed)
+        ctx.channel, ctx.num_streams, ctx.backend = state.channel, state.num_streams, backend
+        ctx.mark_dirty(streams)
+        return streams
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        (packed,) = ctx.saved_tensors
+        y, post = _part(packed, ctx.num_streams)
+        gradient = gradient.contiguous()
+        # dy = sum_i H_post_i g_i is an aggregation of g; its derivative by H_post_i in the direction y is g_i . y.
+        with torch.enable_grad():
+            post = post.contiguous().requires_grad_()
+            dy = aggregate(gradient.unflatten(-1, (ctx.num_streams, -1)), post, backend=ctx.backend)
+        (dpost,) = torch.autograd.grad(dy, post, y)
+        ctx.channel.queue_gradient(gradient)
+        return _join(dy.detach(), dpost), None, None, None
+
+
+def depart(
+    state: PipelineState, x: Tensor, res: Tensor, post: Tensor, u: Tensor, place: RecomputePlace | None, backend: str
+) -> tuple[Tensor, Departure]:
+    """Send ``H_res @ x`` to the next stage; call it before the chunk's last sublayer runs.
+
+    Args:
+        x ``[s, b, n*C]``, res ``[s, b, n, n]``, post ``[s, b, n]``: the sublayer's streams and mappings.
+        u: any ``[s, b, C]`` of x's dtype; it is multiplied by zero.
+        place: x's, as in `mhc_kernels.mix`.
+
+    Returns:
+        post, for `pack`, and what `pack` needs besides.
+    """
+    streams = mix(x, res, torch.zeros_like(post), u.detach(), recompute=place, flat=True, backend=backend)
+    return depart_with(state, streams, post)
+
+
+def depart_with(state: PipelineState, streams: Tensor, post: Tensor) -> tuple[Tensor, Departure]:
+    """As `depart`, with ``H_res @ x`` given."""
+    if state.channel is None:
+        raise RuntimeError(
+            "mHC: --mhc-pipeline-comm split needs mhc_megatron.enable() before training starts, or 'wide'"
+        )
+    departure = Departure(state.channel)
+    return _Depart.apply(streams, post, departure), departure
+
+
+def pack(y: Tensor, bias: Tensor | None, dropout_p: float, post: Tensor, departure: Departure) -> Tensor:
+    """``[dropout(y + bias) | post]``: the chunk's output, for the schedule to send."""
+    if bias is not None:
+        y = y + bias
+    if dropout_p:
+        y = torch.nn.functional.dropout(y, dropout_p)
+    return _Pack.apply(y, post, departure)
+
+
+def arrive(packed: Tensor, state: PipelineState, backend: str) -> Tensor:
+    """The streams ``[s, b, n*C]`` of what the previous stage has packed and sent.
+
+    Raises:
+        RuntimeError: for a tensor with which nothing came on the side.
+    """
+    arrival = getattr(packed, _ARRIVAL, None)
+    if arrival is None:
+        raise RuntimeError(
+            f"mHC: the model got a tensor {packed.shape[-1]} wide, which are no streams and came without any. "
+            "With pipeline parallelism, call mhc_megatron.enable() before training starts."
+        )
+    delattr(packed, _ARRIVAL)  # the schedule keeps the tensor until the backward
+    return _Arrive.apply(packed, arrival.wait(), state, backend)
+
+
+def _join(y: Tensor, post: Tensor) -> Tensor:
+    packed = y.new_empty((*y.shape[:-1], y.shape[-1] + columns(post.shape[-1], y.dtype)))
+    flat = packed.view(-1)
+    flat[: y.numel()].view(y.shape).copy_(y)
+    flat[y.numel() :].view(torch.float32).view(post.shape).copy_(post)
+    return packed
+
+
+def _part(packed: Tensor, num_streams: int) -> tuple[Tensor, Tensor]:
+    """Views: y [s, b, C], post [s, b, n]."""
+    *tokens, width = packed.shape
+    width -= columns(num_streams, packed.dtype)
+    flat = packed.detach().view(-1)
+    end = packed.numel() // packed.shape[-1] * width
+    return flat[:end].view(*tokens, width), flat[end:].view(torch.float32).view(*tokens, num_streams)

@@ -1,0 +1,99 @@
+"""What the model chunks of a rank and the pipeline schedule share: how wide the streams are, and how they are sent."""
+
+from __future__ import annotations
+
+import logging
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+from megatron.core.pipeline_parallel.utils import is_pp_last_stage, is_vp_last_stage
+from megatron.core.utils import log_single_rank
+
+from mhc_megatron.config import MHCConfig
+
+if TYPE_CHECKING:
+    from mhc_megatron.pipeline.side_channel import SideChannel
+
+_logger = logging.getLogger(__name__)
+_ATTRIBUTE = "mhc_pipeline"
+
+
+class PipelineState:
+    """Kept on Megatron's TransformerConfig, which the chunks and the schedule have in common.
+
+    num_streams: n. split: whether streams travel apart from the last sublayer's output. channel: what they travel on then;
+    the schedule's communicator sets it.
+    """
+
+    def __init__(self, num_streams: int, split: bool):
+        self.num_streams, self.split = num_streams, split
+        self.channel: SideChannel | None = None
+
+    def __deepcopy__(self, memo: dict) -> PipelineState:
+        return self  # process groups can't be copied, and a copied config is of the same pipeline
+
+
+def share_pipeline(config: Any, mhc_config: MHCConfig) -> PipelineState:
+    """The state on ``config``, made if it is not there; rank 0 says what was chosen.
+
+    Raises:
+        ValueError: if another model with this config has another number of streams.
+    """
+    state = pipeline_state(config)
+    if state is None:
+        state = PipelineState(mhc_config.num_streams, splits(mhc_config, config))
+        setattr(config, _ATTRIBUTE, state)
+    elif state.num_streams != mhc_config.num_streams:
+        raise ValueError(
+            f"num_streams={mhc_config.num_streams}, but a model with the same TransformerConfig already has "
+            f"{state.num_streams} streams; use one MHCConfig for all its chunks, or a TransformerConfig of its own"
+        )
+    return state
+
+
+def pipeline_state(config: Any) -> PipelineState | None:
+    """The state that a model has left on its config; None for a model without mHC."""
+    state: PipelineState | None = getattr(config, _ATTRIBUTE, None)
+    return state
+
+
+def splits(mhc_config: MHCConfig, config: Any) -> bool:
+    """Whether pipeline transfers are split. The same on all ranks: it depends on settings alone."""
+    stages = config.pipeline_model_parallel_size
+    if stages == 1 or mhc_config.num_streams == 1:
+        return False
+    if mhc_config.pipeline_comm != "split":
+        _report(f"wide, {mhc_config.num_streams} streams in the schedule's own transfers ({mhc_config.pipeline_comm})")
+        return False
+    reason = why_not_split(config)
+    if reason is not None:
+        _report(f"wide instead of split: {reason}")
+        return False
+    _report("split, the streams on a side channel while the last sublayer of a chunk runs")
+    return True
+
+
+def why_not_split(config: Any) -> str | None:
+    """What keeps a TransformerConfig's pipeline from split transfers; None if nothing does."""
+    if config.recompute_granularity == "full":
+        return "recompute_granularity 'full' runs a chunk's last sublayer twice, and it would send twice"
+    if config.variable_seq_lengths:
+        return "variable_seq_lengths: the streams' size is not known before they arrive"
+    if getattr(config, "use_ring_exchange_p2p", False):
+        return "use_ring_exchange_p2p has no channel beside its own"
+    return None
+
+
+def sends_on(layer: Any, vp_stage: int | None) -> bool:
+    """Whether the chunk that this layer is in hands its output to another one.
+
+    layer: a TransformerLayer; vp_stage: its chunk's number on this rank, None without an interleaved schedule.
+    """
+    last_chunk = is_vp_last_stage(vp_stage, layer.config.virtual_pipeline_model_parallel_size)
+    return not (last_chunk and is_pp_last_stage(layer.pg_collection.pp))
+
+
+@cache
+def _report(choice: str) -> None:
+    # At the level that Megatron shows by default.
+    log_single_rank(_logger, logging.WARNING, f"mHC: pipeline: {choice}")

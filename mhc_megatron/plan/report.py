@@ -1,0 +1,151 @@
+"""The plan of a run as plain data: what `command` prints as a table and writes as JSON. Bytes and seconds; memory of one
+rank a stage."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+from mhc_megatron.plan.advice import changes, fitting
+from mhc_megatron.plan.gpus import Gpu
+from mhc_megatron.plan.memory import WORKSPACES, best_block_length, run_order, stage_memory, variant
+from mhc_megatron.plan.parameters import active_count, model_count
+from mhc_megatron.plan.run import Run
+from mhc_megatron.plan.schedule import Schedule, exchange, step_times
+from mhc_megatron.plan.traffic import boundary_bytes, chunk_seconds, kernel_traffic
+
+MODES = ("residual", "mhc", "recompute")
+KINDS = ("residual", "wide-stock", "wide", "split")
+
+
+def plan(
+    run: Run, gpu: Gpu, memory: float, reserve: float, utilization: float, links: Sequence[float]
+) -> dict[str, Any]:
+    """The whole plan.
+
+    Args:
+        memory, reserve: bytes of a GPU; and of these, what PyTorch's allocator can't have (CUDA context, NCCL, fragmentation).
+        utilization: share of the GPU's peak that the model's matrix products are assumed to reach.
+        links: bytes per second and direction between two stages, to simulate the pipeline with.
+    """
+    asked = _mode(run)
+    stages = [_stage(run, stage, gpu, utilization) for stage in range(run.stages)]
+    peak = max(stage["modes"][asked]["total"] for stage in stages)
+    room = memory - reserve
+    whole, active = model_count(run), active_count(run)
+    result: dict[str, Any] = {
+        "model": {
+            "parameters": whole.total,
+            "active_parameters": active.total,
+            "mhc_parameters": whole.mhc,
+            "layers": run.config.num_layers,
+        },
+        "layout": _layout(run),
+        "gpu": {**asdict(gpu), "memory": memory, "reserve": reserve, "utilization": utilization},
+        "mode": asked,
+        "stages": stages,
+        "workspaces": WORKSPACES,
+        "peak": peak,
+        "fits": peak <= room,
+        "changes": [],
+    }
+    if peak > room:
+        found = changes(run)
+        result["changes"] = [
+            {**asdict(change), "fits": change.peak <= room} for change in fitting(found, lambda p: p <= room) or found
+        ]
+    if run.stages > 1:
+        result["boundary"] = boundary_bytes(run if run.mhc is not None else variant(run, "mhc"))
+        result["pipeline"] = simulated(run, gpu, utilization, links)
+    return result
+
+
+def simulated(run: Run, gpu: Gpu, utilization: float, links: Sequence[float]) -> list[dict[str, Any]]:
+    """A simulated step of the run's pipeline with each kind of communication, at some link speeds."""
+    chunks = run.chunks()
+    times = [[chunk_seconds(run, chunk, gpu, utilization) for chunk in stage] for stage in chunks]
+    # The side channel hides behind the smallest last sublayer's share.
+    share = min(part for stage in times for _, _, part in stage)
+    wide = run if run.mhc is not None else variant(run, "mhc")
+    order = run_order(run)
+    rows = []
+    for bandwidth in links:
+        for kind in KINDS:
+            crossing = exchange(kind, boundary_bytes(run)["residual"], wide.streams, run.residual_tokens)
+            schedule = Schedule(
+                stages=run.stages,
+                microbatches=run.microbatches,
+                forward=[[forward for forward, _, _ in stage] for stage in times],
+                backward=[[backward for _, backward, _ in stage] for stage in times],
+                bandwidth=bandwidth,
+                chunks=run.chunks_per_stage,
+                group=run.group,
+                overlap=order.overlap,
+                warmup_flush=order.warmup_flush,
+                forward_share=share,
+                backward_share=share,
+                **crossing,  # type: ignore[arg-type]
+            )
+            step, free = step_times(schedule)
+            rows.append({"link": bandwidth, "kind": kind, "step": step, "free": free, "exposed": step - free})
+    return rows
+
+
+def _mode(run: Run) -> str:
+    if run.mhc is None:
+        return "residual"
+    return "recompute" if run.mhc.recompute else "mhc"
+
+
+def _layout(run: Run) -> dict[str, Any]:
+    config = run.config
+    return {
+        "world_size": run.world_size,
+        "tensor": run.tensor,
+        "pipeline": run.stages,
+        "virtual_pipeline": run.chunks_per_stage,
+        "context": config.context_parallel_size,
+        "expert": config.expert_model_parallel_size,
+        "data": run.data // config.context_parallel_size,
+        "micro_batch": run.micro_batch,
+        "microbatches": run.microbatches,
+        "sequence": run.sequence,
+        "streams": run.streams,
+    }
+
+
+def _stage(run: Run, stage: int, gpu: Gpu, utilization: float) -> dict[str, Any]:
+    chunks = run.chunks()[stage]
+    memory = stage_memory(run, stage)
+    modes = {}
+    for mode in MODES:
+        changed = variant(run, mode)
+        of_mode = stage_memory(changed, stage)
+        traffic = kernel_traffic(changed, chunks, of_mode.block_length)
+        kernels, replaced = traffic.seconds(gpu)
+        modes[mode] = {
+            "activations": of_mode.activations,
+            "static": of_mode.static.total,
+            "total": of_mode.total,
+            "block_length": of_mode.block_length,
+            "kernel_bytes": traffic.moved,
+            "kernel_seconds": kernels,
+            "replaced_seconds": replaced,
+        }
+    full = run.config.recompute_granularity == "full"
+    best = None if full else best_block_length(variant(run, "recompute"), stage)
+    seconds = [chunk_seconds(run, chunk, gpu, utilization) for chunk in chunks]
+    return {
+        "stage": stage,
+        "layers": memory.layers,
+        "parameters": memory.count.total,
+        "parameter_bytes": memory.static.parameters,
+        "gradient_bytes": memory.static.gradients,
+        "optimizer_bytes": memory.static.optimizer,
+        "buffers": memory.buffers,
+        "in_flight": memory.in_flight,
+        "compute_seconds": sum(forward + backward for forward, backward, _ in seconds),
+        "best_block_length": None if best is None else {"length": best[0], "activations": best[1]},
+        "modes": modes,
+    }

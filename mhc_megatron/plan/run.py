@@ -1,0 +1,186 @@
+"""What is planned: a model, its layout over GPUs and its batch, in one place; and the pipeline's chunks as Megatron cuts them."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+from typing import Any
+
+from megatron.core.transformer.enums import LayerType
+from megatron.core.transformer.transformer_block import get_num_layers_to_build
+
+from mhc_megatron.arguments import check_args
+from mhc_megatron.config import MHCConfig
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """The part of a model that one rank computes in one go: a pipeline stage, or under an interleaved schedule one of its pieces.
+
+    stage, number: the pipeline rank; which of the rank's chunks. first_layer: of all layers, from 0. embedding, loss:
+    whether it has the model's ends.
+    """
+
+    stage: int
+    number: int
+    first_layer: int
+    layers: int
+    embedding: bool
+    loss: bool
+
+
+@dataclass(frozen=True)
+class Run:
+    """A model and its layout.
+
+    config: Megatron's TransformerConfig. mhc: None for residual connections. microbatches: of one pipeline in one step.
+    vocabulary: padded. tied: embedding and output weights are one. learned_positions: rows of a learned position embedding.
+    distributed_optimizer: optimizer states are sharded over data parallelism. gradients: ``main`` (Megatron's buffers;
+    weight gradients pass through memory of their own first, unless fused) or ``plain`` (PyTorch's, no optimizer: a bare
+    forward and backward). gradient_bytes: of a main gradient. state_bytes: of a parameter's master copy and of its two moments.
+    """
+
+    config: Any
+    mhc: MHCConfig | None
+    world_size: int
+    sequence: int
+    micro_batch: int
+    microbatches: int
+    vocabulary: int
+    tied: bool = False
+    learned_positions: int = 0
+    distributed_optimizer: bool = True
+    gradients: str = "main"
+    gradient_bytes: int = 4
+    state_bytes: tuple[int, int] = (4, 8)
+
+    @classmethod
+    def from_arguments(cls, args: argparse.Namespace, config: Any) -> Run:
+        """The run of parsed arguments (`mhc_megatron.dry_run.parse`).
+
+        Raises:
+            ValueError: naming the flag, for what the planner does not cover.
+        """
+        _check_covered(args)
+        learned = args.position_embedding_type == "learned_absolute"
+        precision_aware = args.use_precision_aware_optimizer
+        return cls(
+            config=config,
+            mhc=check_args(args),
+            world_size=args.world_size,
+            sequence=args.seq_length,
+            micro_batch=args.micro_batch_size,
+            microbatches=args.global_batch_size // (args.micro_batch_size * args.data_parallel_size),
+            vocabulary=args.padded_vocab_size,
+            tied=not args.untie_embeddings_and_output_weights,
+            learned_positions=args.max_position_embeddings if learned else 0,
+            distributed_optimizer=args.use_distributed_optimizer,
+            gradient_bytes=4 if args.accumulate_allreduce_grads_in_fp32 else config.params_dtype.itemsize,
+            state_bytes=(
+                args.main_params_dtype.itemsize if precision_aware else 4,
+                args.exp_avg_dtype.itemsize + args.exp_avg_sq_dtype.itemsize if precision_aware else 8,
+            ),
+        )
+
+    @property
+    def streams(self) -> int:
+        """n: 1 without mHC."""
+        return self.mhc.num_streams if self.mhc is not None else 1
+
+    @property
+    def tensor(self) -> int:
+        return self.config.tensor_model_parallel_size
+
+    @property
+    def expert_tensor(self) -> int:
+        return self.config.expert_tensor_parallel_size or self.tensor
+
+    @property
+    def stages(self) -> int:
+        return self.config.pipeline_model_parallel_size
+
+    @property
+    def chunks_per_stage(self) -> int:
+        return self.config.virtual_pipeline_model_parallel_size or 1
+
+    @property
+    def data(self) -> int:
+        """Ranks over which a dense parameter's optimizer state is sharded: data parallel times context parallel."""
+        return self.world_size // (self.tensor * self.stages)
+
+    @property
+    def expert_data(self) -> int:
+        """The same of an expert's parameter."""
+        return self.world_size // (self.expert_tensor * self.config.expert_model_parallel_size * self.stages)
+
+    @property
+    def tokens(self) -> int:
+        """Of one microbatch on one context-parallel rank."""
+        return self.sequence * self.micro_batch // self.config.context_parallel_size
+
+    @property
+    def residual_tokens(self) -> float:
+        """Tokens between sublayers: sequence parallelism divides them by the tensor-parallel size."""
+        return self.tokens / self.tensor if self.config.sequence_parallel else self.tokens
+
+    @property
+    def value(self) -> int:
+        """Bytes of an activation's value."""
+        return self.config.params_dtype.itemsize
+
+    @property
+    def group(self) -> int:
+        """Microbatches that go through a chunk one after the other, under an interleaved schedule."""
+        return self.config.microbatch_group_size_per_vp_stage or self.stages
+
+    def chunks(self) -> list[list[Chunk]]:
+        """Of every stage, in order."""
+        placed: list[list[Chunk]] = [[] for _ in range(self.stages)]
+        first_layer = 0
+        for number in range(self.chunks_per_stage):  # the model's order: all stages, then their next chunks
+            for stage in range(self.stages):
+                layers, embedding, loss = _cut(self.config, stage, number)
+                placed[stage].append(Chunk(stage, number, first_layer, layers, embedding, loss))
+                first_layer += layers
+        return placed
+
+    def is_moe(self, layer: int) -> bool:
+        """Whether a layer (from 0) is a mixture of experts."""
+        config = self.config
+        if not config.num_moe_experts:
+            return False
+        pattern = config.moe_layer_freq
+        return layer % pattern == 0 if isinstance(pattern, int) else bool(pattern[layer])
+
+
+def _cut(config: Any, stage: int, number: int) -> tuple[int, bool, bool]:
+    """Layers of a chunk, and whether it has the embedding and the loss."""
+    vp_stage = number if config.virtual_pipeline_model_parallel_size else None
+    last = (config.virtual_pipeline_model_parallel_size or 1) - 1
+    embedding = stage == 0 and number == 0
+    loss = stage == config.pipeline_model_parallel_size - 1 and number == last
+    if config.pipeline_model_parallel_layout is not None:  # its own count asks for process groups
+        layers = config.pipeline_model_parallel_layout.layout[stage][number].count(LayerType.decoder)
+    else:
+        layers = get_num_layers_to_build(config, vp_stage=vp_stage, pp_rank=stage)
+    return layers, embedding, loss
+
+
+def _check_covered(args: argparse.Namespace) -> None:
+    refused = {
+        "--transformer-impl": args.transformer_impl != "transformer_engine" and args.transformer_impl,
+        "--fp8-format": args.fp8,
+        "--fp4-format": args.fp4,
+        "--mtp-num-layers": args.mtp_num_layers,
+        "--hybrid-layer-pattern": getattr(args, "hybrid_layer_pattern", None),
+        "--use-megatron-fsdp": args.use_megatron_fsdp,
+        "--cpu-offloading-num-layers": args.cpu_offloading_num_layers,
+        "--optimizer-cpu-offload": args.optimizer_cpu_offload,
+        "--optimizer": args.optimizer != "adam" and args.optimizer,
+    }
+    for flag, value in refused.items():
+        if value:
+            raise ValueError(
+                f"plan: {flag} {value} is not covered: the planner counts what Transformer Engine modules in bf16, fp16 or fp32 "
+                "and Adam keep; leave it out to plan without it"
+            )

@@ -1,0 +1,297 @@
+"""A simulation of a pipeline's step: how much of its communication compute hides.
+
+Every rank runs its instructions (`order`) on one compute stream. A transfer begins when both ends have posted it and its
+link is free (a link: one direction between two ranks; transfers take it in the order in which they are ready), and takes
+latency + bytes / bandwidth. Split streams (architecture: `mhc_megatron.pipeline`) use a second channel on the same link:
+the n*C stream part leaves before the last sublayer of a chunk runs, and its gradient is needed only when that sublayer's
+backward is over.
+
+Not modelled: kernels that communication slows down, the host, data- and expert-parallel traffic (in the compute times), NCCL's
+choice of one stream for both directions of a pair.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections import defaultdict, deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+
+from mhc_megatron.plan.order import Compute, Instruction, Order, Post, Wait
+
+_ENOUGH = 4  # groups of microbatches that have a warm-up, a steady state and a cool-down
+
+Times = float | Sequence[Sequence[float]]
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """A step to be simulated.
+
+    Args:
+        stages, microbatches, chunks, group, overlap, warmup_flush, send_waits: `mhc_megatron.plan.order.Order`.
+        forward, backward: seconds of one pass of a microbatch through a chunk: one number, or ``[stage][chunk]``.
+        transfer: bytes of the schedule's own tensor, a microbatch, boundary and direction.
+        side: bytes on the side channel (split streams); 0: none. side_ahead: how many of its receives a rank posts earlier than
+            the schedule's own (each costs a boundary tensor of memory).
+        forward_share, backward_share: the last sublayer's part of a pass's time: what the side channel hides behind.
+        bandwidth: bytes per second and direction; latency: seconds.
+    """
+
+    stages: int
+    microbatches: int
+    forward: Times
+    backward: Times
+    transfer: float
+    bandwidth: float
+    chunks: int = 1
+    group: int | None = None
+    overlap: bool = True
+    warmup_flush: bool = False
+    send_waits: bool = True
+    side: float = 0
+    side_ahead: int = 0
+    forward_share: float = 0
+    backward_share: float = 0
+    latency: float = 0
+
+    @property
+    def order(self) -> Order:
+        """Its instructions."""
+        return Order(
+            self.stages,
+            self.microbatches,
+            self.chunks,
+            self.group,
+            self.overlap and self.chunks > 1,
+            self.warmup_flush,
+            self.send_waits,
+        )
+
+    def seconds(self, rank: int, compute: Compute) -> float:
+        """Of one pass."""
+        times = self.forward if compute.forward else self.backward
+        return float(times) if isinstance(times, int | float) else times[rank][compute.chunk]
+
+
+@dataclass(frozen=True)
+class Span:
+    """One pass on one rank, in seconds from the step's start."""
+
+    rank: int
+    compute: Compute
+    start: float
+    end: float
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """One transfer between ranks: side: on the side channel."""
+
+    source: int
+    target: int
+    forward: bool
+    side: bool
+    start: float
+    end: float
+
+
+@dataclass(frozen=True)
+class Result:
+    """A simulated step.
+
+    step: its seconds. free: the same step with transfers that take no time. exposed: the difference. spans, transfers:
+    what happened when.
+    """
+
+    step: float
+    free: float
+    spans: list[Span] = field(repr=False)
+    transfers: list[Transfer] = field(repr=False)
+
+    @property
+    def exposed(self) -> float:
+        return self.step - self.free
+
+    def rank(self, rank: int) -> list[Span]:
+        """One rank's passes in order."""
+        return [span for span in self.spans if span.rank == rank]
+
+
+def exchange(kind: str, hidden: float, streams: int, tokens: float) -> dict[str, float | bool]:
+    """What crosses a boundary with one kind of communication, as fields of a `Schedule`.
+
+    kind: ``residual`` (C a token), ``wide-stock`` (n*C, as stock Megatron would send it), ``wide`` (n*C, no send waits),
+    ``split`` (C and H_post, n float32, on the schedule; n*C on the side channel). hidden: bytes of C values of all
+    ``tokens`` of a microbatch.
+
+    Raises:
+        ValueError: for another kind.
+    """
+    if kind == "residual":
+        return {"transfer": hidden, "send_waits": True}
+    if kind in ("wide", "wide-stock"):
+        return {"transfer": streams * hidden, "send_waits": kind == "wide-stock"}
+    if kind == "split":
+        return {"transfer": hidden + 4 * streams * tokens, "side": streams * hidden, "send_waits": False}
+    raise ValueError(f"no kind of pipeline communication {kind!r}; residual, wide-stock, wide and split exist")
+
+
+def simulate(schedule: Schedule) -> Result:
+    """Play a step.
+
+    Raises:
+        RuntimeError: if the schedule comes to a standstill (a receive without a send).
+    """
+    step, spans, transfers = _Simulation(schedule).run()
+    free, _, _ = _Simulation(replace(schedule, transfer=0, side=0, latency=0, send_waits=schedule.send_waits)).run()
+    return Result(step, free, spans, transfers)
+
+
+def step_times(schedule: Schedule) -> tuple[float, float]:
+    """Seconds of a step, and with transfers that take no time; as `simulate`, but of many microbatches quickly.
+
+    In its steady state a pipeline repeats itself from one group of microbatches to the next: a long step is extrapolated
+    from two shorter ones.
+    """
+    group = (schedule.group or schedule.stages) if schedule.chunks > 1 else schedule.stages
+    groups, rest = divmod(schedule.microbatches, group)
+    if groups <= 2 * _ENOUGH:
+        result = simulate(schedule)
+        return result.step, result.free
+    short, longer = (simulate(replace(schedule, microbatches=k * _ENOUGH * group + rest)) for k in (1, 2))
+    times = (groups / _ENOUGH) - 2  # how often the difference of the two comes on top
+    step = longer.step + times * (longer.step - short.step)
+    return step, longer.free + times * (longer.free - short.free)
+
+
+class _Ends:
+    """A transfer's two ends, as they are posted; ``done``: when it is over."""
+
+    def __init__(self, source: int, target: int, forward: bool, side: bool):
+        self.source, self.target, self.forward, self.side = source, target, forward, side
+        self.posted = 0
+        self.done: float | None = None
+        self.waiting: list[int] = []
+
+
+class _Simulation:
+    def __init__(self, schedule: Schedule):
+        self.schedule, self.now = schedule, 0.0
+        self.events: list[tuple[float, int, int | _Ends]] = []  # a rank goes on; a transfer ends
+        self.count = 0
+        self.links: dict[tuple[int, int], float] = defaultdict(float)
+        # What one end has posted and the other has not yet, by channel; and what a rank has not waited for yet.
+        self.half: dict[tuple[int, int, bool, bool, bool], deque[_Ends]] = defaultdict(deque)
+        self.handles: dict[tuple[int, bool, bool, bool], deque[_Ends]] = defaultdict(deque)
+        self.spans: list[Span] = []
+        self.transfers: list[Transfer] = []
+
+    def run(self) -> tuple[float, list[Span], list[Transfer]]:
+        stages = self.schedule.stages
+        ranks = [self._rank(rank, self.schedule.order.instructions(rank)) for rank in range(stages)]
+        ends = [-1.0] * stages
+        for rank in range(stages):
+            self._at(0.0, rank)
+        while self.events:
+            self.now, _, event = heapq.heappop(self.events)
+            if isinstance(event, _Ends):
+                event.done = self.now
+                for rank in event.waiting:
+                    self._at(self.now, rank)
+                continue
+            try:
+                wanted = next(ranks[event])
+            except StopIteration:
+                ends[event] = self.now
+                continue
+            if isinstance(wanted, _Ends):
+                wanted.waiting.append(event)
+            else:
+                self._at(self.now + wanted, event)
+        if min(ends) < 0:
+            raise RuntimeError(f"the schedule stands still: ranks {[r for r in range(stages) if ends[r] < 0]} wait")
+        return max(ends), self.spans, self.transfers
+
+    def _at(self, time: float, event: int | _Ends) -> None:
+        self.count += 1
+        heapq.heappush(self.events, (time, self.count, event))
+
+    def _rank(self, rank: int, instructions: list[Instruction]) -> Iterator[float | _Ends]:
+        """A rank's life: yields how long it computes, or the transfer that it waits for."""
+        # Side receives that are still to be posted, and the first ones, ahead of the schedule's.
+        left = {forward: instructions.count(Post(False, forward)) for forward in (True, False)}
+        for forward in left if self.schedule.side else ():
+            for _ in range(min(self.schedule.side_ahead, left[forward])):
+                left[forward] -= 1
+                self._post(rank, send=False, forward=forward, side=True)
+        for instruction in instructions:
+            if isinstance(instruction, Compute):
+                start = self.now
+                yield from self._compute(rank, instruction)
+                self.spans.append(Span(rank, instruction, start, self.now))
+            elif isinstance(instruction, Post):
+                send, forward = instruction
+                # Of streams, the side's part is posted first; of gradients, last. A forward side send has left already.
+                sides = [False] if not self.schedule.side or (send and forward) else [forward, not forward]
+                for side in sides:
+                    if side and not send:
+                        left[forward] -= 1
+                        if left[forward] < 0:
+                            continue
+                    self._post(rank, send, forward, side)
+            else:
+                yield from self._wait(rank, instruction)
+
+    def _compute(self, rank: int, compute: Compute) -> Iterator[float | _Ends]:
+        schedule, seconds = self.schedule, self.schedule.seconds(rank, compute)
+        first = rank == 0 and compute.chunk == 0
+        last = rank == schedule.stages - 1 and compute.chunk == schedule.chunks - 1
+        if schedule.side and compute.forward and not first:
+            yield from self._finish(rank, send=False, forward=True, side=True)
+        if not schedule.side or last:
+            yield seconds
+        elif compute.forward:
+            yield seconds * (1 - schedule.forward_share)
+            self._post(rank, send=True, forward=True, side=True)
+            yield seconds * schedule.forward_share
+        else:
+            yield seconds * schedule.backward_share
+            yield from self._finish(rank, send=False, forward=False, side=True)
+            yield seconds * (1 - schedule.backward_share)
+
+    def _wait(self, rank: int, wait: Wait) -> Iterator[_Ends]:
+        handles = self.handles[rank, wait.send, wait.forward, False]
+        count = min(1, len(handles)) if wait.leave is None else max(0, len(handles) - wait.leave)
+        for _ in range(count):
+            yield from self._finish(rank, wait.send, wait.forward, side=False)
+
+    def _finish(self, rank: int, send: bool, forward: bool, side: bool) -> Iterator[_Ends]:
+        ends = self.handles[rank, send, forward, side].popleft()
+        while ends.done is None:
+            yield ends
+
+    def _post(self, rank: int, send: bool, forward: bool, side: bool) -> None:
+        """One end of a transfer; when it is the second one, the transfer begins as soon as its link is free."""
+        stages = self.schedule.stages
+        peer = (rank + 1 if send == forward else rank - 1) % stages
+        source, target = (rank, peer) if send else (peer, rank)
+        known = self.half[source, target, forward, side, not send]
+        if known:
+            ends = known.popleft()
+        else:
+            ends = _Ends(source, target, forward, side)
+            self.half[source, target, forward, side, send].append(ends)
+        self.handles[rank, send, forward, side].append(ends)
+        ends.posted += 1
+        if ends.posted == 2:
+            self._start(ends)
+
+    def _start(self, ends: _Ends) -> None:
+        schedule, link = self.schedule, (ends.source, ends.target)
+        start = max(self.now, self.links[link])
+        busy = (schedule.side if ends.side else schedule.transfer) / schedule.bandwidth
+        self.links[link] = start + busy
+        end = start + busy + schedule.latency
+        self.transfers.append(Transfer(ends.source, ends.target, ends.forward, ends.side, start, end))
+        self._at(end, ends)

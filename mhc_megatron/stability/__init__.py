@@ -1,0 +1,1 @@
+"""python -m mhc_megatron stability: what the constraint on H_res buys, measured."""

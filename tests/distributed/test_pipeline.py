@@ -1,0 +1,211 @@
+"""Pipeline transfers of streams: many steps, the order in which things leave, a lost peer. (One step of each layout:
+test_layouts.)"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.pipeline_parallel import schedules
+
+from mhc_megatron import MHCConfig
+from mhc_megatron.pipeline.state import pipeline_state
+from mhc_megatron.residual.input import HyperConnectionInput
+from tests import models
+from tests.ranks import run_ranks
+
+STEPS = int(os.environ.get("MHC_PIPELINE_STEPS", "12"))
+LAYOUTS: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
+    "pp2": (2, {"pipeline_model_parallel_size": 2}, {"batch_p2p_comm": True}),
+    "pp4": (4, {"pipeline_model_parallel_size": 4}, {"batch_p2p_comm": False}),
+    "pp2-vpp2": (
+        2,
+        {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2},
+        {"overlap_p2p_comm": True, "batch_p2p_comm": False},
+    ),
+    "pp2-vpp2-flush": (
+        2,
+        {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2},
+        {"overlap_p2p_comm": True, "batch_p2p_comm": False, "overlap_p2p_comm_warmup_flush": True},
+    ),
+}
+
+
+# On a GPU a sum has another order from kernel to kernel, and the kernels' float32 products are three TF32 ones.
+TOLERANCE = 1e-4 if torch.cuda.is_available() else 1e-5
+
+
+def chunks_of(
+    settings: dict[str, Any], comm: str, model: dict[str, Any] = models.MOE
+) -> tuple[list[torch.nn.Module], Any]:
+    """This rank's chunks with the same parameters for every ``comm``, in Megatron's DDP."""
+    config = models.make_config(**model, pipeline_dtype=torch.float32, **settings)
+    vpp = config.virtual_pipeline_model_parallel_size
+    torch.manual_seed(1 + parallel_state.get_pipeline_model_parallel_rank())
+    mhc = MHCConfig(init="paper", init_alpha=0.3, pipeline_comm=comm)
+    chunks = [models.build(config, mhc, stage) for stage in (range(vpp) if vpp else [None])]
+    return [models.wrap(chunk.cuda(), config) for chunk in chunks], config
+
+
+def many_steps(settings: dict[str, Any], folder: Path) -> None:
+    """Steps of random numbers of microbatches, trained and evaluated, by wide and by split transfers: the same losses and
+    gradients."""
+    settings = {**settings, "deallocate_pipeline_outputs": True}
+    (wide, wide_config), (split, split_config) = (chunks_of(settings, comm) for comm in ("wide", "split"))
+    stages = parallel_state.get_pipeline_model_parallel_world_size()
+    draw = random.Random(0)
+    for _ in range(STEPS):
+        microbatches = range(stages * draw.randint(1, 3)) if len(wide) > 1 else range(draw.randint(1, 7))
+        forward_only = draw.random() < 0.25
+        expected, losses = (
+            models.step(chunks, config, microbatches, forward_only)
+            for chunks, config in ((wide, wide_config), (split, split_config))
+        )
+        if parallel_state.is_pipeline_last_stage(ignore_virtual=True):
+            assert len(losses) == len(microbatches)
+        torch.testing.assert_close(losses, expected, rtol=TOLERANCE, atol=0)
+        if forward_only:
+            continue
+        for ours, theirs in zip(split, wide, strict=True):
+            compare_gradients(ours, theirs)
+    assert not pipeline_state(wide_config).split
+    channel = pipeline_state(split_config).channel
+    assert channel is not None
+    channel.sends.release()
+    assert len(channel.sends) <= 1
+    assert not channel._gradients
+
+
+def compare_gradients(ours: torch.nn.Module, theirs: torch.nn.Module) -> None:
+    """Errors relative to the largest gradient of a parameter of that name in the chunk: alpha's is a sum that may cancel."""
+    pairs = [
+        (n, a.main_grad, b.main_grad) for (n, a), b in zip(ours.named_parameters(), theirs.parameters(), strict=True)
+    ]
+    scale: dict[str, torch.Tensor] = {}
+    for name, _, expected in pairs:
+        kind = name.rsplit(".", 1)[-1]
+        scale[kind] = torch.maximum(scale.get(kind, expected.new_zeros(())), expected.norm())
+    for name, gradient, expected in pairs:
+        error = (gradient - expected).norm() / scale[name.rsplit(".", 1)[-1]]
+        assert error < TOLERANCE, f"{name}: {error:.1e}"
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_many_steps(layout: str, tmp_path: Path, hooks: None) -> None:
+    processes, sizes, settings = LAYOUTS[layout]
+    run_ranks(many_steps, processes, tmp_path, sizes, settings={**sizes, **settings}, folder=tmp_path)
+
+
+def note_order(settings: dict[str, Any], folder: Path) -> None:
+    """Write down what rank 0 sends and runs in one step, in order."""
+    chunks, config = chunks_of(settings, "split")
+    events: list[str] = []
+    width = {models.SEQUENCE * models.MICROBATCH * 32 * 4: "streams", models.SEQUENCE * models.MICROBATCH * 36: "y"}
+
+    def noted(name: str, function: Any) -> Any:
+        def call(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            if tensor.numel() in width:
+                events.append(f"{name} {width[tensor.numel()]}")
+            return function(tensor, *args, **kwargs)
+
+        return call
+
+    models.step(chunks, config, range(2))  # connects
+    dist.isend, dist.irecv = noted("send", dist.isend), noted("receive", dist.irecv)
+    last = [m for m in chunks[0].modules() if isinstance(m, HyperConnectionInput)][-1]
+    assert last._departs is (dist.get_rank() == 0)
+    mlp = chunks[0].module.decoder.layers[-1].mlp
+    mlp.register_forward_pre_hook(lambda *_: events.append("F"))
+    mlp.register_full_backward_hook(lambda *_: events.append("F backward"))
+    models.step(chunks, config, range(1))
+    (folder / f"events.{dist.get_rank()}").write_text(json.dumps(events))
+
+
+def test_streams_leave_before_the_last_sublayer_runs(tmp_path: Path, hooks: None) -> None:
+    sizes = {"pipeline_model_parallel_size": 2}
+    run_ranks(note_order, 2, tmp_path, sizes, settings={**sizes, "batch_p2p_comm": False}, folder=tmp_path)
+    sender, receiver = (json.loads((tmp_path / f"events.{rank}").read_text()) for rank in range(2))
+    assert sender == ["send streams", "F", "send y", "receive y", "receive streams", "F backward"]
+    assert receiver == ["receive streams", "receive y", "F", "F backward", "send y", "send streams"]
+
+
+def lose_a_peer(settings: dict[str, Any], how: str, folder: Path) -> None:
+    chunks, config = chunks_of(settings, "split")
+    models.step(chunks, config, range(2))
+    if dist.get_rank() == 1:
+        # In the middle of a backward pass: y's gradient has left, the streams' has not.
+        def lose(*_: Any) -> None:
+            if how == "killed":
+                os.kill(os.getpid(), signal.SIGKILL)
+            time.sleep(60)
+
+        pipeline_state(config).channel.send_gradient = lose
+    else:  # the test's launcher ends the others when one dies; a cluster's may not
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    started = time.monotonic()
+    try:
+        models.step(chunks, config, range(2))
+    except RuntimeError as error:
+        (folder / "error").write_text(f"{time.monotonic() - started:.1f} {error}")
+    os._exit(1)
+
+
+@pytest.mark.parametrize("how", ["killed", "stuck"])
+def test_a_lost_peer_ends_the_run(how: str, tmp_path: Path, hooks: None) -> None:
+    """With the pipeline group's own timeout, on the side channel as well."""
+    sizes = {"pipeline_model_parallel_size": 2}
+    with pytest.raises(Exception, match="terminated"):
+        run_ranks(
+            lose_a_peer,
+            2,
+            tmp_path,
+            {**sizes, "distributed_timeout_minutes": 0.1},
+            settings={**sizes, "batch_p2p_comm": False},
+            how=how,
+            folder=tmp_path,
+        )
+    seconds, message = (tmp_path / "error").read_text().split(" ", 1)
+    assert float(seconds) < 30
+    assert "gloo" in message.lower() or "timed out" in message.lower(), message
+
+
+def sends_without_waiting(settings: dict[str, Any], comm: str, steps: int, folder: Path) -> None:
+    """Whatever Megatron frees after a send is overwritten at once: the same bits as when nothing is freed."""
+    (kept, kept_config), (freed, freed_config) = (
+        chunks_of({**settings, "deallocate_pipeline_outputs": free}, comm, models.DENSE) for free in (False, True)
+    )
+    original = schedules.deallocate_output_tensor
+
+    def poisoned(out: Any, free: bool = False) -> None:
+        before = None if out is None or not free else (out.shape, out.dtype, out.device)
+        original(out, free)
+        if before is not None:
+            shape, dtype, device = before
+            held.append([torch.full(shape, float("nan"), dtype=dtype, device=device) for _ in range(4)])
+            del held[:-4]
+
+    held: list[Any] = []
+    schedules.deallocate_output_tensor = poisoned
+    for _ in range(steps):
+        expected, losses = (models.step(c, k, range(4)) for c, k in ((kept, kept_config), (freed, freed_config)))
+        assert losses == expected
+        for a, b in zip(freed, kept, strict=True):
+            for x, y in zip(a.parameters(), b.parameters(), strict=True):
+                assert torch.equal(x.main_grad, y.main_grad)
+    assert held
+
+
+@pytest.mark.parametrize("comm", ["wide", "split"])
+def test_sends_survive_deallocation(comm: str, tmp_path: Path, hooks: None) -> None:
+    processes, sizes, settings = LAYOUTS["pp2-vpp2"]
+    settings = {**sizes, **settings}
+    run_ranks(sends_without_waiting, processes, tmp_path, sizes, settings=settings, comm=comm, steps=4, folder=tmp_path)

@@ -1,0 +1,42 @@
+"""Pipeline transfers of streams over NCCL: as tests/distributed/test_pipeline.py, on two GPUs and with more steps."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.distributed import test_pipeline as pipeline
+from tests.ranks import run_ranks
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA GPUs"),
+]
+
+LAYOUTS = [name for name, (processes, *_) in pipeline.LAYOUTS.items() if processes == 2]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_many_steps(layout: str, tmp_path: Path, hooks: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, sizes, settings = pipeline.LAYOUTS[layout]
+    monkeypatch.setenv("MHC_PIPELINE_STEPS", "200")  # the ranks import anew
+    run_ranks(pipeline.many_steps, 2, tmp_path, sizes, settings={**sizes, **settings}, folder=tmp_path)
+
+
+@pytest.mark.parametrize("comm", ["wide", "split"])
+def test_sends_survive_deallocation(comm: str, tmp_path: Path, hooks: None) -> None:
+    """Transfers large enough to be under way when Megatron frees what they send."""
+    _, sizes, settings = pipeline.LAYOUTS["pp2-vpp2"]
+    settings = {**sizes, **settings, "hidden_size": 4096, "ffn_hidden_size": 64}
+    arguments = {"settings": settings, "comm": comm, "steps": 50, "folder": tmp_path}
+    run_ranks(pipeline.sends_without_waiting, 2, tmp_path, sizes, **arguments)
+
+
+def test_a_lost_peer_ends_the_run(tmp_path: Path, hooks: None) -> None:
+    sizes = {"pipeline_model_parallel_size": 2}
+    layout = {**sizes, "distributed_timeout_minutes": 0.2}
+    settings = {**sizes, "batch_p2p_comm": False}
+    with pytest.raises(Exception, match="terminated"):
+        run_ranks(pipeline.lose_a_peer, 2, tmp_path, layout, settings=settings, how="killed", folder=tmp_path)

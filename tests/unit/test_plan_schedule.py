@@ -1,0 +1,253 @@
+"""The simulated pipeline against what can be worked out by hand, and against Megatron's own schedules as they run."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import random
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from megatron.core import parallel_state
+from megatron.core.pipeline_parallel import p2p_communication, schedules
+
+from mhc_megatron.plan.order import Compute, Order, Post
+from mhc_megatron.plan.schedule import Schedule, exchange, simulate, step_times
+from tests import models
+from tests.ranks import run_ranks
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+FREE = {"transfer": 0.0, "bandwidth": 1.0}
+# overlap_p2p_comm, overlap_p2p_comm_warmup_flush
+MODES = [(True, True), (True, False), (False, False)]
+
+
+@pytest.mark.parametrize(("stages", "microbatches"), [(1, 4), (2, 1), (2, 5), (4, 3), (4, 8), (8, 16)])
+def test_bubble(stages: int, microbatches: int) -> None:
+    """(p - 1) / m of the compute, without communication."""
+    result = simulate(Schedule(stages, microbatches, 1.0, 2.0, **FREE))
+    assert result.step == pytest.approx(3 * (microbatches + stages - 1))
+    assert result.exposed == 0
+
+
+@pytest.mark.parametrize(("overlap", "flush"), MODES)
+@pytest.mark.parametrize(
+    ("stages", "chunks", "microbatches", "group"), [(2, 2, 4, 2), (4, 2, 8, 4), (4, 3, 14, 5), (2, 4, 2, 2)]
+)
+def test_interleaved_bubble(
+    stages: int, chunks: int, microbatches: int, group: int, overlap: bool, flush: bool
+) -> None:
+    """(p - 1) / (m v)."""
+    result = simulate(
+        Schedule(
+            stages, microbatches, 1.0, 2.0, **FREE, chunks=chunks, group=group, overlap=overlap, warmup_flush=flush
+        )
+    )
+    assert result.step == pytest.approx(3 * (microbatches * chunks + stages - 1))
+
+
+def test_one_microbatch_by_hand() -> None:
+    """Forward, activations across, forward and backward, gradients across, backward: 1 + 6 + 1 + 2 + 6 + 2."""
+    result = simulate(Schedule(2, 1, 1.0, 2.0, transfer=10.0, bandwidth=2.0, latency=1.0))
+    assert (result.step, result.free, result.exposed) == (18.0, 6.0, 12.0)
+    assert [(t.source, t.target, t.start, t.end) for t in result.transfers] == [(0, 1, 1.0, 7.0), (1, 0, 10.0, 16.0)]
+
+
+def test_split_by_hand() -> None:
+    """The streams leave half way through the forward pass and hide behind the rest of it; their gradient behind the last
+    sublayer's backward. What the schedule carries is exposed."""
+    shares = {"forward_share": 0.5, "backward_share": 0.5}
+    # 4 on the side from 2 to 6 (the sender is done at 4), then 1: the other rank starts at 7. Its backward is over at 19;
+    # 1, and then 4 beside half of 8.
+    result = simulate(Schedule(2, 1, 4.0, 8.0, transfer=1.0, side=4.0, bandwidth=1.0, **shares))
+    first, last = result.rank(0), result.rank(1)
+    assert [(s.start, s.end) for s in last] == [(7.0, 11.0), (11.0, 19.0)]
+    assert [(s.start, s.end) for s in first] == [(0.0, 4.0), (20.0, 28.0)]
+
+
+def _random_shape(choose: random.Random) -> dict[str, Any]:
+    stages = choose.choice([2, 3, 4, 8])
+    overlap, flush = choose.choice(MODES)
+    return {
+        "stages": stages,
+        "microbatches": stages * choose.randint(1, 4),
+        "chunks": choose.choice([1, 2, 3]),
+        "overlap": overlap,
+        "warmup_flush": flush,
+        "forward": choose.uniform(0.5, 2),
+        "backward": choose.uniform(1, 4),
+    }
+
+
+def test_monotonic() -> None:
+    """More bytes, a slower link or more latency never end a step earlier, and waiting for sends never helps."""
+    choose = random.Random(1)
+    for _ in range(40):
+        shape = _random_shape(choose)
+        hidden = choose.uniform(0.01, 0.5)
+
+        def step(
+            hidden: float = hidden,
+            bandwidth: float = 1.0,
+            latency: float = 0.01,
+            waits: bool = True,
+            shape: Any = shape,
+        ) -> float:
+            schedule = Schedule(**shape, transfer=hidden, bandwidth=bandwidth, latency=latency, send_waits=waits)
+            return simulate(schedule).step
+
+        base = step()
+        assert base >= simulate(Schedule(**shape, **FREE)).step
+        assert step(hidden=2 * hidden) >= base - 1e-9
+        assert step(bandwidth=0.5) >= base - 1e-9
+        assert step(latency=0.1) >= base - 1e-9
+        assert step(waits=False) <= base + 1e-9
+
+
+def test_split_is_not_slower_than_wide() -> None:
+    """With overlapped transfers, as long as the streams' part is hidden by the last sublayer; and it exposes less than n times
+    what residual connections do."""
+    choose = random.Random(2)
+    for _ in range(40):
+        shape = {**_random_shape(choose), "chunks": choose.choice([2, 3]), "overlap": True, "bandwidth": 1.0}
+        share, n = choose.uniform(0.1, 0.8), 4
+        hidden = min(shape["forward"], shape["backward"]) * share * choose.uniform(0.05, 1) / n
+        exposed = {}
+        for kind in ("residual", "wide-stock", "wide", "split"):
+            crossing: Any = exchange(kind, hidden, n, 0)
+            schedule = Schedule(**shape, **crossing, forward_share=share, backward_share=share)
+            exposed[kind] = simulate(schedule).exposed
+        assert exposed["split"] <= exposed["wide"] + 1e-9 <= exposed["wide-stock"] + 2e-9
+        assert exposed["wide-stock"] == pytest.approx(n * exposed["residual"], rel=0.5)
+
+
+@pytest.mark.parametrize(("chunks", "group"), [(1, None), (2, None), (2, 5)])
+@pytest.mark.parametrize("kind", ["wide-stock", "split"])
+def test_long_steps(kind: str, chunks: int, group: int | None) -> None:
+    """What is extrapolated is what the whole simulation gives."""
+    crossing: Any = exchange(kind, 0.05, 4, 0)
+    shares = {"forward_share": 0.4, "backward_share": 0.4, "bandwidth": 1.0}
+    schedule = Schedule(4, 64, 1.0, 2.0, chunks=chunks, group=group, **shares, **crossing)
+    whole = simulate(schedule)
+    assert step_times(schedule) == pytest.approx((whole.step, whole.free), rel=1e-6)
+
+
+def test_refused_shapes() -> None:
+    with pytest.raises(ValueError, match="got 3 microbatches in groups of 4"):
+        simulate(Schedule(4, 3, 1.0, 1.0, **FREE, chunks=2))
+    with pytest.raises(ValueError, match="no kind of pipeline communication 'narrow'"):
+        exchange("narrow", 1.0, 4, 1)
+
+
+def test_benchmark_of_the_simulator(tmp_path: Path) -> None:
+    """The simulator's own results, as if they were measured, are found again."""
+    sys.path.insert(0, str(BENCHMARKS))
+    try:
+        import simulated
+    finally:
+        sys.path.remove(str(BENCHMARKS))
+    settings = {"microbatch": 1, "sequence": 4096, "layers": 8, "microbatches": 8, "gb_per_s": 36.0, "device": "none"}
+    for vpp in (1, 2, 4):
+        exposed = {}
+        for kind in ("residual", "wide-stock", "wide", "split"):
+            result = simulated.simulated(settings, vpp, kind, 0.4, 0.0, 0.38)
+            assert abs(result.free - 0.4) < 1e-9
+            exposed[kind] = result.exposed
+        assert 0 < exposed["residual"] < exposed["wide"] <= exposed["wide-stock"]
+        assert vpp == 1 or exposed["split"] < exposed["wide"]  # batched transfers hide nothing
+    rows = {
+        kind: {"step_ms": 400 + 1e3 * value, "exposed_ms": 1e3 * value, "local_ms": 400}
+        for kind, value in exposed.items()
+    }
+    written = tmp_path / "results.json"
+    written.write_text(json.dumps({"settings": settings, "results": {"4": rows}}))
+    simulated.main([str(written), "--latency", "0"])
+
+
+def _record(settings: dict[str, Any], microbatches: int) -> None:
+    """Run Megatron's schedule in this rank and compare what it did with the planned instructions: passes, and transfers
+    between them."""
+    config = models.make_config(**settings)
+    vpp = config.virtual_pipeline_model_parallel_size
+    chunks = [models.build(config, None, stage) for stage in (range(vpp) if vpp else [None])]
+    seen: list[Any] = []
+    stock = p2p_communication.P2PCommunicator._communicate
+
+    def communicate(self: Any, **arguments: Any) -> Any:
+        ends = ("tensor_send_next", "tensor_send_prev", "recv_prev", "recv_next")
+        posts = zip(((True, True), (True, False), (False, True), (False, False)), ends, strict=True)
+        seen.extend(Post(*post) for post, name in posts if arguments[name] is not None and arguments[name] is not False)
+        return stock(self, **arguments)
+
+    forward_step, backward_step = schedules.forward_step, schedules.backward_step
+
+    def forward(step: Any, iterator: Any, model: Any, *rest: Any, **further: Any) -> Any:
+        seen.append(Compute(True, further.get("vp_stage") or 0, further["current_microbatch"]))
+        return forward_step(step, iterator, model, *rest, **further)
+
+    def backward(*arguments: Any) -> Any:
+        seen.append("backward")
+        return backward_step(*arguments)
+
+    patch = pytest.MonkeyPatch()
+    patch.setattr(p2p_communication.P2PCommunicator, "_communicate", communicate)
+    patch.setattr(schedules, "forward_step", forward)
+    patch.setattr(schedules, "backward_step", backward)
+    patch.setattr(models, "MICROBATCHES", microbatches)
+    models.one_step(chunks, config)
+
+    stages, rank = settings["pipeline_model_parallel_size"], parallel_state.get_pipeline_model_parallel_rank()
+    order = Order(
+        stages,
+        microbatches,
+        vpp or 1,
+        config.microbatch_group_size_per_vp_stage if vpp else None,
+        config.overlap_p2p_comm,
+        config.overlap_p2p_comm_warmup_flush,
+    )
+    planned = [i for i in order.instructions(rank) if isinstance(i, Compute | Post)]
+    assert _passes(seen) == _passes(planned)
+
+
+def _passes(instructions: list[Any]) -> list[Any]:
+    """Passes in order, and what was posted between two of them (one call posts in an order of its own)."""
+    result: list[Any] = []
+    for posts, group in itertools.groupby(instructions, lambda i: isinstance(i, Post)):
+        if posts:
+            result.append(sorted(group))
+        else:
+            result += [i if isinstance(i, Compute) and i.forward else "backward" for i in group]
+    return result
+
+
+OVERLAPPED = {"overlap_p2p_comm": True, "batch_p2p_comm": False}
+LAYOUTS: dict[str, tuple[int, int, dict[str, Any]]] = {
+    "pp2": (2, 3, {}),
+    "pp2, fewer microbatches than stages": (2, 1, {}),
+    "pp4": (4, 5, {}),
+    "vpp2": (2, 4, {"virtual_pipeline_model_parallel_size": 2, **OVERLAPPED}),
+    "vpp2, all in the warm-up": (2, 2, {"virtual_pipeline_model_parallel_size": 2, **OVERLAPPED}),
+    "vpp2, flush": (
+        2,
+        4,
+        {"virtual_pipeline_model_parallel_size": 2, **OVERLAPPED, "overlap_p2p_comm_warmup_flush": True},
+    ),
+    "vpp2, groups of 3": (
+        2,
+        6,
+        {"virtual_pipeline_model_parallel_size": 2, **OVERLAPPED, "microbatch_group_size_per_vp_stage": 3},
+    ),
+    "vpp2, no overlap": (2, 4, {"virtual_pipeline_model_parallel_size": 2, "batch_p2p_comm": False}),
+}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_as_megatron_runs(name: str, tmp_path: Path) -> None:
+    """Passes, microbatches and posted transfers of every rank are those of Megatron's own schedule as it runs, with gloo."""
+    stages, microbatches, settings = LAYOUTS[name]
+    settings = {**settings, "pipeline_model_parallel_size": stages, "pipeline_dtype": torch.float32}
+    sizes = {n: v for n, v in settings.items() if n.endswith("pipeline_model_parallel_size")}
+    run_ranks(_record, stages, tmp_path, sizes, settings=settings, microbatches=microbatches)

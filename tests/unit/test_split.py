@@ -1,0 +1,146 @@
+"""Split pipeline transfers: their numbers, their order, what comes of what they can't do. Across stages: tests/distributed."""
+
+from __future__ import annotations
+
+import re
+from collections import deque
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from mhc_kernels import reference
+from mhc_megatron import MHCConfig
+from mhc_megatron.pipeline import split
+from mhc_megatron.pipeline.side_channel import Arrival, SideChannel
+from mhc_megatron.pipeline.state import PipelineState, _report, splits
+from tests import models
+
+N, C, TOKENS = 4, 32, (6, 2)
+
+
+class Done:
+    def wait(self) -> None: ...
+
+
+class Loop(SideChannel):
+    """Both ends of a link in one process."""
+
+    def __init__(self) -> None:
+        self._gradients: deque[Tensor] = deque()
+        self.sent: Tensor | None = None
+
+    def send_streams(self, tensor: Tensor) -> None:
+        self.sent = tensor
+
+    def arrival(self) -> Arrival:
+        assert self.sent is not None
+        return Arrival(self.sent, Done())
+
+    def gradient(self) -> Arrival:
+        return Arrival(self._gradients.popleft(), Done())
+
+
+def over_the_boundary(values: dict[str, Tensor], gradient: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """Streams after a stage boundary crossed by split transfers, and the gradients of what went in."""
+    leaves = {name: value.clone().requires_grad_() for name, value in values.items()}
+    state = PipelineState(N, split=True)
+    state.channel = loop = Loop()
+    u = leaves["y"].detach()
+    post, departure = split.depart(state, leaves["x"], leaves["res"], leaves["post"], u, None, "reference")
+    packed = split.pack(leaves["y"], None, 0.0, post, departure)
+    received = packed.detach().clone().requires_grad_()
+    split.accompany(received, loop.arrival())
+    streams = split.arrive(received, state, "reference")
+    streams.backward(gradient)
+    returned = received.grad
+    assert returned is not None
+    split.accompany(returned, loop.gradient())
+    packed.backward(returned)
+    return streams.detach(), {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-6), (torch.bfloat16, 4e-3), (torch.float16, 1e-3)])
+def test_boundary_equals_float64(dtype: torch.dtype, bound: float) -> None:
+    """bf16: x' is rounded twice (H_res @ x, then the sum), where a mix rounds it once."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*TOKENS, *shape, generator=generator)
+
+    values = {"x": draw(N * C).to(dtype), "y": draw(C).to(dtype), "post": draw(N), "res": draw(N, N).softmax(-1)}
+    gradient = draw(N * C).to(dtype)
+    streams, gradients = over_the_boundary(values, gradient)
+
+    exact = {name: value.double().requires_grad_() for name, value in values.items()}
+    expected = reference.mix(exact["x"].unflatten(-1, (N, C)), exact["res"], exact["post"], exact["y"]).flatten(-2)
+    expected.backward(gradient.double())
+    assert streams.dtype == dtype
+    for name, ours, theirs in [("x'", streams, expected), *((k, gradients[k], exact[k].grad) for k in values)]:
+        error = (ours.double() - theirs).norm() / theirs.norm()
+        assert error < bound, f"{name}: {error:.1e}"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_mappings_keep_their_bits(dtype: torch.dtype) -> None:
+    """Any 32 bits, those of NaNs too: they travel as numbers of the streams' dtype."""
+    y = torch.randn(*TOKENS, C).to(dtype)
+    post = torch.randint(-(2**31), 2**31 - 1, (*TOKENS, N), dtype=torch.int32).view(torch.float32)
+    packed = split._join(y, post)
+    assert packed.shape == (*TOKENS, C + split.columns(N, dtype))
+    assert packed.dtype == dtype
+    y_there, post_there = split._part(packed.clone(), N)
+    assert torch.equal(y_there, y)
+    assert torch.equal(post_there.view(torch.int32), post.view(torch.int32))
+
+
+def test_streams_take_no_second_tensor() -> None:
+    state = PipelineState(N, split=True)
+    state.channel = Loop()
+    packed = split._join(torch.ones(*TOKENS, C), torch.ones(*TOKENS, N)).requires_grad_()
+    buffer = torch.zeros(*TOKENS, N * C)
+    split.accompany(packed, Arrival(buffer, Done()))
+    streams = split.arrive(packed, state, "reference")
+    assert streams.data_ptr() == buffer.data_ptr()
+    assert (streams == 1).all()
+
+
+def test_what_came_alone_is_no_boundary() -> None:
+    with pytest.raises(RuntimeError, match=r"a tensor 40 wide.*mhc_megatron.enable\(\)"):
+        split.arrive(torch.zeros(*TOKENS, 40), PipelineState(N, split=True), "reference")
+
+
+def test_a_gradient_without_a_send_is_an_error() -> None:
+    loop = Loop()
+    with pytest.raises(RuntimeError, match=r"0 gradients of streams .* --mhc-pipeline-comm wide"):
+        loop.send_gradient()
+
+
+@pytest.mark.parametrize(
+    ("settings", "chosen", "says"),
+    [
+        ({}, True, "mHC: pipeline: split"),
+        ({"pipeline_model_parallel_size": 1}, False, None),
+        (
+            {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
+            False,
+            "wide instead of split: recompute_granularity 'full' .* would send twice",
+        ),
+        (
+            {"variable_seq_lengths": True, "moe_token_dispatcher_type": "alltoall"},
+            False,
+            "wide instead of split: variable_seq_lengths",
+        ),
+        ({"recompute_granularity": "selective", "recompute_modules": ["mlp"]}, True, "split"),
+    ],
+)
+def test_choice(settings: dict[str, Any], chosen: bool, says: str | None, caplog: pytest.LogCaptureFixture) -> None:
+    _report.cache_clear()
+    stages = {"pipeline_model_parallel_size": 2, "pipeline_dtype": torch.float32}
+    config = models.make_config(**{**stages, **settings})
+    assert splits(MHCConfig(pipeline_comm="split"), config) is chosen
+    if says is not None:
+        assert re.search(says, caplog.text), caplog.text
+    assert not splits(MHCConfig(pipeline_comm="wide"), config)
+    assert not splits(MHCConfig(pipeline_comm="auto"), config)
