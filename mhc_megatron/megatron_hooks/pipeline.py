@@ -1,16 +1,48 @@
 """Pipeline schedules exchange streams.
 
-Rebinds: the name ``P2PCommunicator`` in megatron.core.pipeline_parallel.schedules, where both 1F1B schedules take it from.
-Why a spec can't: the schedules compute the width of pipeline tensors from ``config.hidden_size``.
+Rebinds, in megatron.core.pipeline_parallel.schedules: the name ``P2PCommunicator``, where both 1F1B schedules take it from;
+and the two schedules, to note how many microbatches there will be: receives can then be posted ahead.
+Why a spec can't: the schedules compute the width of pipeline tensors from ``config.hidden_size``, and tell a communicator
+nothing of what is to come.
 Tested on: megatron-core 0.19.2.
 Retired by: passing ``p2p_communicator=`` to ``pretrain`` (0.19 has it, and then asks for a process-group collection too).
 """
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
+from typing import Any
+
 from mhc_megatron.megatron_hooks.rebind import Rebinding
 from mhc_megatron.pipeline.communicator import StreamsCommunicator
+from mhc_megatron.pipeline.state import pipeline_state
+
+_MODULE = "megatron.core.pipeline_parallel.schedules"
+
+
+def _schedule(original: Callable[..., Any]) -> Callable[..., Any]:
+    signature = inspect.signature(original)
+
+    def schedule(*args: Any, **kwargs: Any) -> Any:
+        from megatron.core.utils import get_model_config
+
+        arguments = signature.bind(*args, **kwargs).arguments
+        model = arguments["model"]
+        state = pipeline_state(get_model_config(model[0] if isinstance(model, list) else model))
+        if state is None:
+            return original(*args, **kwargs)
+        state.microbatches = arguments["num_microbatches"]
+        try:
+            return original(*args, **kwargs)
+        finally:
+            state.microbatches = None
+
+    return schedule
+
 
 REBINDINGS = [
-    Rebinding("megatron.core.pipeline_parallel.schedules", "P2PCommunicator", lambda original: StreamsCommunicator)
+    Rebinding(_MODULE, "P2PCommunicator", lambda original: StreamsCommunicator),
+    Rebinding(_MODULE, "forward_backward_pipelining_without_interleaving", _schedule),
+    Rebinding(_MODULE, "forward_backward_pipelining_with_interleaving", _schedule),
 ]

@@ -7,31 +7,36 @@ from typing import Any
 import torch
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 
-from mhc_megatron.pipeline.sends import NoWait, Sends
+from mhc_megatron.pipeline.links import BACKWARD, FORWARD, Links
+from mhc_megatron.pipeline.sends import NoWait
 from mhc_megatron.pipeline.side_channel import SideChannel
 from mhc_megatron.pipeline.split import accompany, columns
-from mhc_megatron.pipeline.state import pipeline_state
-
-_SENDS = Sends()
+from mhc_megatron.pipeline.state import PipelineState, pipeline_state, why_not_own_links
 
 
 class StreamsCommunicator(P2PCommunicator):
     """Megatron's communicator, with tensors as wide as the model on this config has made them.
 
     For a model without mHC this is Megatron's communicator unchanged. Else the schedule's ``[s, b, C]`` becomes ``[s, b,
-    n*C]``, or ``[s, b, C + a few]`` with a companion of ``[s, b, n*C]`` on the side (`split`).
+    n*C]``, or ``[s, b, C + a few]`` with a companion of ``[s, b, n*C]`` on the side (`split`), on links of its own (`links`):
 
-    Sends do not stop the compute stream: the tensor is kept until it has gone. What leaves is an alias of the output, so that
-    Megatron's ``deallocate_output_tensor``, which swaps the output's ``.data``, can't take it away meanwhile. With batched
-    transfers (``batch_p2p_comm``), sends and receives have one handle: they wait as in Megatron.
+    * Sends do not stop the compute stream, batched (``batch_p2p_comm``) or not: the tensor is kept until it has gone.
+    * What leaves is an alias of the output, so that Megatron's ``deallocate_output_tensor``, which swaps the output's
+      ``.data``, can't take it away meanwhile.
+    * The two directions do not wait for each other.
     """
 
     def __init__(self, pp_group: Any, config: Any):
         super().__init__(pp_group, config)
-        self._state = pipeline_state(config)
-        if self._state is not None and self._state.split:
-            wraps = config.virtual_pipeline_model_parallel_size is not None
-            self._state.channel = SideChannel.of(pp_group, wraps)
+        self._state = state = pipeline_state(config)
+        self._links: Links | None = None
+        if state is None or why_not_own_links(config) is not None:
+            return
+        wraps = config.virtual_pipeline_model_parallel_size is not None
+        self._links = Links.of(pp_group, wraps, "schedule")
+        if state.split:
+            receives = state.receives(self.is_pp_first_stage, self.virtual_pipeline_model_parallel_size or 1)
+            state.channel = SideChannel(Links.of(pp_group, wraps, "streams"), receives)
 
     def _communicate(
         self,
@@ -43,58 +48,67 @@ class StreamsCommunicator(P2PCommunicator):
         tensor_shape: Any,
         wait_on_reqs: bool = True,
     ) -> Any:
-        state, config = self._state, self.config
-        arguments = {"recv_prev": recv_prev, "recv_next": recv_next}
-        if state is None:
+        state = self._state
+        if state is None or self._links is None:
+            if state is not None and tensor_shape:
+                tensor_shape = (*tensor_shape[:-1], tensor_shape[-1] * state.num_streams)
             return super()._communicate(
                 tensor_send_next=tensor_send_next,
                 tensor_send_prev=tensor_send_prev,
+                recv_prev=recv_prev,
+                recv_next=recv_next,
                 tensor_shape=tensor_shape,
                 wait_on_reqs=wait_on_reqs,
-                **arguments,
             )
-        channel = state.channel if state.split else None
-        wide, streams = tensor_shape, None
-        if tensor_shape is not None:
-            *tokens, width = tensor_shape
-            tensor_shape = wide = (*tokens, width * state.num_streams)
-            if channel is not None:
-                tensor_shape = (*tokens, width + columns(state.num_streams, config.pipeline_dtype))
-        if channel is not None and recv_prev:
-            # Before the schedule's own: it leaves earlier, too.
-            streams = channel.receive_streams(wide, config.pipeline_dtype)
-        if tensor_send_next is not None:
-            tensor_send_next = tensor_send_next.detach()
-        batched = config.batch_p2p_comm or config.use_ring_exchange_p2p
-        received_prev, received_next, requests = super()._communicate(
-            tensor_send_next=tensor_send_next,
-            tensor_send_prev=tensor_send_prev,
-            tensor_shape=tensor_shape,
-            wait_on_reqs=wait_on_reqs and batched,
-            **arguments,
+        return self._exchange(
+            state, self._links, tensor_send_next, tensor_send_prev, recv_prev, recv_next, tensor_shape, wait_on_reqs
         )
-        if not batched:
-            requests = self._do_not_wait(requests, tensor_send_next, tensor_send_prev, wait_on_reqs)
-        if channel is not None:
-            # After the schedule's own: the gradient of y is needed first.
-            if tensor_send_prev is not None:
-                channel.send_gradient()
-            if recv_next:
-                accompany(received_next, channel.receive_gradient(wide, config.pipeline_dtype))
-            if streams is not None:
-                accompany(received_prev, streams)
-        return received_prev, received_next, requests
 
-    def _do_not_wait(
-        self, requests: dict[str, Any], to_next: torch.Tensor | None, to_prev: torch.Tensor | None, wait: bool
-    ) -> dict[str, Any] | None:
-        """Keep what is sent instead of waiting for it; wait for what is received if the schedule would."""
-        for name, tensor in (("send_next", to_next), ("send_prev", to_prev)):
+    def _exchange(
+        self,
+        state: PipelineState,
+        links: Links,
+        to_next: torch.Tensor | None,
+        to_prev: torch.Tensor | None,
+        from_prev: bool,
+        from_next: bool,
+        tensor_shape: Any,
+        wait: bool,
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None, dict[str, Any] | None]:
+        """Megatron's ``_communicate`` on links: what is received from the previous and the next stage, and handles."""
+        channel, dtype = state.channel if state.split else None, self.config.pipeline_dtype
+        narrow, wide = _shapes(tensor_shape, state, dtype) if from_prev or from_next else ((), ())
+        own = wide if channel is None else narrow
+        handles: dict[str, Any] = {}
+        received: dict[int, torch.Tensor] = {}
+        # Streams before the schedule's own tensor: they leave earlier, too.
+        streams = channel.receive_streams(wide, dtype) if channel is not None and from_prev else None
+        for direction, name, wanted in ((FORWARD, "recv_prev", from_prev), (BACKWARD, "recv_next", from_next)):
+            if wanted:
+                received[direction], handles[name] = links.receive(direction, own, dtype, requires_grad=True)
+        for direction, name, tensor in ((FORWARD, "send_next", to_next), (BACKWARD, "send_prev", to_prev)):
             if tensor is not None:
-                _SENDS.keep(requests[name], tensor)
-                requests[name] = NoWait()
-        if not wait:
-            return requests
-        for request in requests.values():
-            request.wait()
-        return None
+                links.send(direction, tensor.detach())
+                handles[name] = NoWait()
+        if wait:
+            for handle in handles.values():
+                handle.wait()
+        if channel is not None:
+            # Gradients of streams after that of y, which is needed first.
+            if to_prev is not None:
+                channel.send_gradient()
+            if from_next:
+                accompany(received[BACKWARD], channel.receive_gradient(wide, dtype))
+            if streams is not None:
+                accompany(received[FORWARD], streams)
+        return received.get(FORWARD), received.get(BACKWARD), None if wait else handles
+
+
+def _shapes(
+    tensor_shape: Any, state: PipelineState, dtype: torch.dtype | None
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Of y with H_post, and of streams, for the schedule's ``[s, b, C]``."""
+    if dtype is None:
+        raise RuntimeError("pipeline_dtype of the TransformerConfig must be set to receive from a pipeline stage")
+    *tokens, width = tensor_shape
+    return (*tokens, width + columns(state.num_streams, dtype)), (*tokens, width * state.num_streams)

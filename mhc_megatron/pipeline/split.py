@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from mhc_kernels import RecomputePlace, aggregate, mix
-from mhc_megatron.pipeline.side_channel import Arrival, SideChannel
+from mhc_megatron.pipeline.links import Arrival
+from mhc_megatron.pipeline.side_channel import SideChannel
 from mhc_megatron.pipeline.state import PipelineState
 
 _ARRIVAL = "_mhc_arrival"  # on a tensor that the schedule has received: what comes on the side

@@ -22,12 +22,17 @@ class PipelineState:
     """Kept on Megatron's TransformerConfig, which the chunks and the schedule have in common.
 
     num_streams: n. split: whether streams travel apart from the last sublayer's output. channel: what they travel on then;
-    the schedule's communicator sets it.
+    the schedule's communicator sets it. microbatches: of the schedule that is running, if it is known.
     """
 
     def __init__(self, num_streams: int, split: bool):
         self.num_streams, self.split = num_streams, split
         self.channel: SideChannel | None = None
+        self.microbatches: int | None = None
+
+    def receives(self, first_stage: bool, chunks: int) -> int | None:
+        """How often a rank with so many chunks receives activations from the previous stage."""
+        return None if self.microbatches is None else self.microbatches * (chunks - 1 if first_stage else chunks)
 
     def __deepcopy__(self, memo: dict) -> PipelineState:
         return self  # process groups can't be copied, and a copied config is of the same pipeline
@@ -77,10 +82,15 @@ def why_not_split(config: Any) -> str | None:
     """What keeps a TransformerConfig's pipeline from split transfers; None if nothing does."""
     if config.recompute_granularity == "full":
         return "recompute_granularity 'full' runs a chunk's last sublayer twice, and it would send twice"
+    return why_not_own_links(config)
+
+
+def why_not_own_links(config: Any) -> str | None:
+    """What leaves a TransformerConfig's pipeline transfers to Megatron, wide; None if nothing does."""
     if config.variable_seq_lengths:
-        return "variable_seq_lengths: the streams' size is not known before they arrive"
-    if getattr(config, "use_ring_exchange_p2p", False):
-        return "use_ring_exchange_p2p has no channel beside its own"
+        return "variable_seq_lengths: a tensor's size is not known before it arrives"
+    if config.use_ring_exchange_p2p:
+        return "use_ring_exchange_p2p has no links between two stages"
     return None
 
 

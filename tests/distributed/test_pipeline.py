@@ -18,6 +18,7 @@ from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import schedules
 
 from mhc_megatron import MHCConfig
+from mhc_megatron.pipeline.side_channel import SideChannel
 from mhc_megatron.pipeline.state import pipeline_state
 from mhc_megatron.residual.input import HyperConnectionInput
 from tests import models
@@ -80,9 +81,11 @@ def many_steps(settings: dict[str, Any], folder: Path) -> None:
     assert not pipeline_state(wide_config).split
     channel = pipeline_state(split_config).channel
     assert channel is not None
-    channel.sends.release()
-    assert len(channel.sends) <= 1
+    channel.links.sends.release()
+    assert len(channel.links.sends) <= 1
     assert not channel._gradients
+    assert not channel._arriving
+    assert channel._left == 0
 
 
 def compare_gradients(ours: torch.nn.Module, theirs: torch.nn.Module) -> None:
@@ -126,7 +129,7 @@ def note_order(settings: dict[str, Any], folder: Path) -> None:
     mlp = chunks[0].module.decoder.layers[-1].mlp
     mlp.register_forward_pre_hook(lambda *_: events.append("F"))
     mlp.register_full_backward_hook(lambda *_: events.append("F backward"))
-    models.step(chunks, config, range(1))
+    models.step(chunks, config, range(2))
     (folder / f"events.{dist.get_rank()}").write_text(json.dumps(events))
 
 
@@ -134,8 +137,11 @@ def test_streams_leave_before_the_last_sublayer_runs(tmp_path: Path, hooks: None
     sizes = {"pipeline_model_parallel_size": 2}
     run_ranks(note_order, 2, tmp_path, sizes, settings={**sizes, "batch_p2p_comm": False}, folder=tmp_path)
     sender, receiver = (json.loads((tmp_path / f"events.{rank}").read_text()) for rank in range(2))
-    assert sender == ["send streams", "F", "send y", "receive y", "receive streams", "F backward"]
-    assert receiver == ["receive streams", "receive y", "F", "F backward", "send y", "send streams"]
+    one, last = ["send streams", "F", "send y"], ["receive streams", "F backward"]
+    assert sender == [*one, "send streams", "F", "receive y", "send y", *last, "receive y", *last]
+    # The second microbatch's streams are waited for before the first one's y.
+    received = ["receive streams", "receive streams", "receive y", "F", "F backward"]
+    assert receiver == [*received, "receive y", "send y", "send streams", "F", "F backward", "send y", "send streams"]
 
 
 def lose_a_peer(settings: dict[str, Any], how: str, folder: Path) -> None:
@@ -148,7 +154,7 @@ def lose_a_peer(settings: dict[str, Any], how: str, folder: Path) -> None:
                 os.kill(os.getpid(), signal.SIGKILL)
             time.sleep(60)
 
-        pipeline_state(config).channel.send_gradient = lose
+        SideChannel.send_gradient = lose
     else:  # the test's launcher ends the others when one dies; a cluster's may not
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
     started = time.monotonic()

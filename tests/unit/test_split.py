@@ -13,7 +13,8 @@ from torch import Tensor
 from mhc_kernels import reference
 from mhc_megatron import MHCConfig
 from mhc_megatron.pipeline import split
-from mhc_megatron.pipeline.side_channel import Arrival, SideChannel
+from mhc_megatron.pipeline.links import Arrival
+from mhc_megatron.pipeline.side_channel import SideChannel
 from mhc_megatron.pipeline.state import PipelineState, _report, splits
 from tests import models
 

@@ -1,0 +1,112 @@
+"""Transfers between neighbouring pipeline stages, each direction for itself.
+
+A link is one direction between two stages; its tensors go in the order in which they are posted. Every link has a process
+group (with NCCL: a communicator and a stream) of its own: NCCL runs what two ranks exchange in one group one after the other,
+so that a transfer would wait for those posted before it in the other direction. A group holds one direction's links of all
+stages, as each pair of them has one link there; but where two stages are each other's next one (an interleaved schedule on two
+ranks), the link that closes the ring has another group.
+"""
+
+from __future__ import annotations
+
+import weakref
+from datetime import timedelta
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from mhc_megatron.pipeline.sends import Sends
+
+FORWARD, BACKWARD = 0, 1
+
+
+class Arrival(NamedTuple):
+    """A tensor being received."""
+
+    tensor: Tensor
+    work: Any
+
+    def wait(self) -> Tensor:
+        """The tensor, ready for what is launched on the current stream from now on."""
+        self.work.wait()
+        return self.tensor
+
+
+class Links:
+    """Both directions' links of one pipeline stage to its neighbours. `of` makes them for a pipeline group, once.
+
+    Collective over all ranks of the job: they make their first ones at the same time.
+
+    Args:
+        group: the pipeline-parallel group.
+        wraps: whether the last stage sends to the first (interleaved schedules).
+    """
+
+    _made: weakref.WeakKeyDictionary[dist.ProcessGroup, dict[tuple[str, bool], Links]] = weakref.WeakKeyDictionary()
+
+    def __init__(self, group: dist.ProcessGroup, wraps: bool):
+        self._ranks = dist.get_process_group_ranks(group)
+        self._stage, self._stages = group.rank(), group.size()
+        parities = 2 if self._stages == 2 and wraps else 1
+        # [direction][parity of the sending stage]
+        self._groups = [[_like(group) for _ in range(parities)] for _ in (FORWARD, BACKWARD)]
+        self.sends = Sends()
+        self._connect(wraps)
+
+    @classmethod
+    def of(cls, group: dist.ProcessGroup, wraps: bool, purpose: str) -> Links:
+        """This rank's links of a pipeline group; for another purpose, other ones."""
+        made = cls._made.setdefault(group, {})
+        if (purpose, wraps) not in made:
+            made[purpose, wraps] = cls(group, wraps)
+        return made[purpose, wraps]
+
+    def send(self, direction: int, tensor: Tensor) -> None:
+        """Send to the next stage (FORWARD) or the previous one, as soon as what is launched now is done. Nobody waits."""
+        group, to = self._link(direction, self._stage)
+        self.sends.keep(dist.isend(tensor, self._ranks[to], group), tensor)
+
+    def receive(
+        self, direction: int, shape: tuple[int, ...], dtype: torch.dtype, requires_grad: bool = False
+    ) -> Arrival:
+        """Receive from the previous stage (FORWARD) or the next one."""
+        sender = (self._stage + (1 if direction == BACKWARD else -1)) % self._stages
+        group, _ = self._link(direction, sender)
+        device = torch.cuda.current_device()
+        tensor = torch.empty(shape, dtype=dtype, device=device, requires_grad=requires_grad)
+        return Arrival(tensor, dist.irecv(tensor, self._ranks[sender], group))
+
+    def _link(self, direction: int, sender: int) -> tuple[dist.ProcessGroup, int]:
+        """The group and the receiving stage of a sending one."""
+        groups = self._groups[direction]
+        return groups[sender % len(groups)], (sender + (-1 if direction == BACKWARD else 1)) % self._stages
+
+    def _connect(self, wraps: bool) -> None:
+        """Use every link once, in an order in which no two stages wait for each other: NCCL connects two ranks at their first
+        transfer, and blocks both until then."""
+        for direction in (FORWARD, BACKWARD):
+            for sender in range(self._stages):
+                if sender == (0 if direction == BACKWARD else self._stages - 1) and not wraps:
+                    continue  # the link that closes the ring
+                _, receiver = self._link(direction, sender)
+                if self._stage == sender:
+                    self.send(direction, torch.zeros(1, device=torch.cuda.current_device()))
+                elif self._stage == receiver:
+                    self.receive(direction, (1,), torch.float32).wait()
+
+
+def _like(group: dist.ProcessGroup) -> dist.ProcessGroup:
+    """Another group of the same ranks. All ranks of the job make theirs, each one those of all: PyTorch numbers groups."""
+    rows: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(rows, dist.get_process_group_ranks(group))
+    made = {row: dist.new_group(row, timeout=_timeout(group)) for row in dict.fromkeys(map(tuple, rows))}
+    return made[tuple(dist.get_process_group_ranks(group))]
+
+
+def _timeout(group: dist.ProcessGroup) -> timedelta | None:
+    """A group's own, so that a lost peer ends the run as it does in Megatron."""
+    options = getattr(group._get_backend(torch.device(torch.cuda.current_device())), "options", None)
+    timeout: timedelta | None = getattr(options, "_timeout", None)
+    return timeout
