@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import pytest
@@ -54,7 +55,7 @@ def test_loss_curves_are_within_noise(one_process: None) -> None:
     print(f"{'noise':10s}", *(f"{value:.4f}" for value in noise))
     for name, losses in curves.items():
         print(f"{name:10s}", *(f"{loss:.4f}" for loss in losses))
-    assert base[-1] < 0.6 * base[0]
+    assert base[-1] < math.log(256) / 2, "has not learned: a uniform guess loses log 256"
     for name, losses in curves.items():
         for k, loss in enumerate(losses):
             # Modules of another kind draw other weights, FP8 has its own error: 3 % of the loss is allowed to them.
