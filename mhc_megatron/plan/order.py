@@ -62,10 +62,12 @@ Instruction = Compute | Post | Wait
 
 @dataclass(frozen=True)
 class Order:
-    """A pipeline's shape. send_waits: whether forward sends are waited for before their output is freed, as 0.19 does
-    with ``deallocate_pipeline_outputs``, and sends that a blocking call makes; without overlap they always are (sends and
-    receives are one batch). group: microbatches that pass a chunk in a row (None: the stages). overlap, warmup_flush:
-    ``overlap_p2p_comm`` and ``overlap_p2p_comm_warmup_flush`` (interleaved schedules).
+    """A pipeline's shape.
+
+    send_waits: whether forward sends are waited for before their output is freed, as 0.19 does with
+    ``deallocate_pipeline_outputs``, and sends that a blocking call makes (without overlap they are one batch with receives).
+    group: microbatches that pass a chunk in a row (None: the stages). overlap, warmup_flush: ``overlap_p2p_comm`` and
+    ``overlap_p2p_comm_warmup_flush`` (interleaved schedules).
 
     Raises:
         ValueError: for microbatches that Megatron refuses with this shape.
@@ -135,11 +137,10 @@ class _Rank:
 
     def exchange(self, *posts: Post | None) -> Iterator[Instruction]:
         """A call that blocks: everything is posted together and waited for; sends only if they are at all."""
-        batched = not (self.order.overlap and self.chunks > 1)
         posted = [post for post in posts if post is not None]
         yield from posted
         for post in posted:
-            if not post.send or self.order.send_waits or batched:
+            if not post.send or self.order.send_waits:
                 yield Wait(*post)
 
     def plain(self) -> Iterator[Instruction]:

@@ -32,8 +32,8 @@ class Schedule:
         stages, microbatches, chunks, group, overlap, warmup_flush, send_waits: `mhc_megatron.plan.order.Order`.
         forward, backward: seconds of one pass of a microbatch through a chunk: one number, or ``[stage][chunk]``.
         transfer: bytes of the schedule's own tensor, a microbatch, boundary and direction.
-        side: bytes on the side channel (split streams); 0: none. side_ahead: how many of its receives a rank posts earlier than
-            the schedule's own (each costs a boundary tensor of memory).
+        side: bytes on the side channel (split streams); 0: none. side_ahead: how many of its receives of streams a rank posts
+            earlier than the schedule's own (each costs a boundary tensor of memory); of gradients none.
         forward_share, backward_share: the last sublayer's part of a pass's time: what the side channel hides behind.
         bandwidth: bytes per second and direction; latency: seconds.
     """
@@ -133,7 +133,8 @@ def exchange(kind: str, hidden: float, streams: int, tokens: float) -> dict[str,
     if kind in ("wide", "wide-stock"):
         return {"transfer": streams * hidden, "send_waits": kind == "wide-stock"}
     if kind == "split":
-        return {"transfer": hidden + 4 * streams * tokens, "side": streams * hidden, "send_waits": False}
+        side = {"side": streams * hidden, "side_ahead": 1}
+        return {"transfer": hidden + 4 * streams * tokens, **side, "send_waits": False}
     raise ValueError(f"no kind of pipeline communication {kind!r}; residual, wide-stock, wide and split exist")
 
 
@@ -221,10 +222,9 @@ class _Simulation:
         """A rank's life: yields how long it computes, or the transfer that it waits for."""
         # Side receives that are still to be posted, and the first ones, ahead of the schedule's.
         left = {forward: instructions.count(Post(False, forward)) for forward in (True, False)}
-        for forward in left if self.schedule.side else ():
-            for _ in range(min(self.schedule.side_ahead, left[forward])):
-                left[forward] -= 1
-                self._post(rank, send=False, forward=forward, side=True)
+        for _ in range(min(self.schedule.side_ahead, left[True]) if self.schedule.side else 0):
+            left[True] -= 1
+            self._post(rank, send=False, forward=True, side=True)
         for instruction in instructions:
             if isinstance(instruction, Compute):
                 start = self.now

@@ -157,7 +157,7 @@ def test_benchmark_of_the_simulator(tmp_path: Path) -> None:
             assert abs(result.free - 0.4) < 1e-9
             exposed[kind] = result.exposed
         assert 0 < exposed["residual"] < exposed["wide"] <= exposed["wide-stock"]
-        assert vpp == 1 or exposed["split"] < exposed["wide"]  # batched transfers hide nothing
+        assert exposed["split"] < exposed["wide"]
     rows = {
         kind: {"step_ms": 400 + 1e3 * value, "exposed_ms": 1e3 * value, "local_ms": 400}
         for kind, value in exposed.items()
