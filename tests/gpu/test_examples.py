@@ -1,7 +1,8 @@
-"""The 27B launcher, unedited, on two GPUs: fewer layers, an interleaved pipeline, real text; a rank is killed and restarted.
+"""The 27B launcher, unedited, on two GPUs and on one: fewer layers, real text, on two GPUs an interleaved pipeline; a rank is
+killed and restarted.
 
 At NUM_LAYERS=4 the model has 3.5B parameters and a checkpoint of about 49 GB; the run writes two of them (pytest's --basetemp
-says where). NUM_LAYERS=2 halves it: the first chunk then is the embedding alone, the last one the loss.
+says where). NUM_LAYERS=2 halves it: on two GPUs the first chunk then is the embedding alone, the last one the loss.
 """
 
 from __future__ import annotations
@@ -16,32 +17,27 @@ import torch
 from mhc_megatron.quickstart import data
 from tests.examples import Run
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(torch.cuda.is_available() and torch.cuda.device_count() < 2, reason="needs two GPUs"),
-]
+pytestmark = pytest.mark.gpu
+LAYOUTS = {1: {"PP": 1, "VPP": 1}, 2: {"PP": 2, "VPP": 2}}
 SAVED, STEPS = 10, 16
 # Losses of the same steps before the kill and after the restart: atomics reorder sums in bf16.
 SAME_LOSS = 2e-3
 
 
-def test_27b_on_two_gpus(tmp_path: Path) -> None:
+@pytest.mark.parametrize("gpus", LAYOUTS)
+def test_27b(gpus: int, tmp_path: Path) -> None:
+    if torch.cuda.is_available() and torch.cuda.device_count() < gpus:
+        pytest.skip(f"needs {gpus} GPUs")
     data.prepare(tmp_path)
     settings = {
-        **{
-            "NNODES": 1,
-            "GPUS_PER_NODE": 2,
-            "PP": 2,
-            "VPP": 2,
-            "EP": 1,
-            "NUM_LAYERS": os.environ.get("NUM_LAYERS", "4"),
-        },
+        **{"NNODES": 1, "GPUS_PER_NODE": gpus, "EP": 1, "NUM_LAYERS": os.environ.get("NUM_LAYERS", str(2 * gpus))},
+        **LAYOUTS[gpus],
         **{"GLOBAL_BATCH": 8, "TRAIN_STEPS": STEPS, "SAVE_INTERVAL": SAVED, "LOG_INTERVAL": 1, "EVAL_ITERS": 0},
         **{"DATA_PATH": tmp_path / "text", "TOKENIZER_TYPE": "NullTokenizer", "SPLIT": "90,10,0"},
         **{"CHECKPOINTS": tmp_path / "checkpoints", "MAX_RESTARTS": 1},
     }
     run = Run("27b", **settings).until(SAVED + 4)
-    run.rank(1).send_signal(signal.SIGKILL)
+    run.rank(gpus - 1).send_signal(signal.SIGKILL)
     run.until()
     print("\n".join(f"iteration {iteration:3}  loss {loss:.6f}" for iteration, loss in run.losses))
     assert run.process.returncode == 0, run.output[-4000:]
