@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import json
 import logging
 import warnings
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mhc_megatron.doctor import machine
+
+if TYPE_CHECKING:
+    from mhc_megatron.megatron_hooks.rebind import Rebinding
 
 
 class Finding(NamedTuple):
@@ -116,9 +117,11 @@ def _communication() -> list[Finding]:
 
 
 def _hooks() -> list[Finding]:
+    # Of the tree that is imported, which need not be the package that is installed.
+    from megatron.core.package_info import __shortversion__ as version
+
     from mhc_megatron.megatron_hooks import rebindings
 
-    version = importlib.metadata.version("megatron-core")
     supported = version.startswith("0.19.")
     found = [
         Finding(
@@ -130,16 +133,16 @@ def _hooks() -> list[Finding]:
     ]
     for rebinding in rebindings():
         name = f"{rebinding.module}.{rebinding.name}"
-        found.append(Finding("Hooks", name, *_resolves(rebinding.find)))
+        found.append(Finding("Hooks", name, *_resolves(rebinding)))
     return found
 
 
-def _resolves(find: Callable[[], Any]) -> tuple[str, bool]:
+def _resolves(rebinding: Rebinding) -> tuple[str, bool]:
     try:
-        find()
+        in_source = rebinding.is_applied()
     except Exception as error:
         return _one_line(error), False
-    return "found", True
+    return "in this tree's source (patches/)" if in_source else "found", True
 
 
 def _one_line(error: BaseException) -> str:

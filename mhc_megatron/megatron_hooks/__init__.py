@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 
-from mhc_megatron.megatron_hooks import datasets, model, optimizer, pipeline
 from mhc_megatron.megatron_hooks.active import print_rank_0, set_config
 from mhc_megatron.megatron_hooks.rebind import Rebinding
 
@@ -31,6 +30,9 @@ def disable() -> None:
 
 def rebindings() -> list[Rebinding]:
     """Every hook, applied or not."""
+    # Not at the top: `patched` is imported while Megatron is, and these import Megatron.
+    from mhc_megatron.megatron_hooks import datasets, model, optimizer, pipeline
+
     core = [*datasets.REBINDINGS, *model.REBINDINGS, *pipeline.REBINDINGS, *optimizer.CORE_REBINDINGS]
     try:
         import megatron.training.training  # noqa: F401

@@ -53,3 +53,4 @@ CORE_REBINDINGS = [
 TRAINING_REBINDINGS = [
     Rebinding("megatron.training.training", "get_standard_config_overrides", _get_standard_config_overrides)
 ]
+REBINDINGS = [*CORE_REBINDINGS, *TRAINING_REBINDINGS]

@@ -44,6 +44,14 @@ class Rebinding:
             ) from None
         return owner, last, original
 
+    def is_applied(self) -> bool:
+        """Whether the name is rebound, by whichever object, or by a patch of Megatron's source (`patched`).
+
+        Raises:
+            RuntimeError: if this Megatron has no such name.
+        """
+        return getattr(self.find()[2], _MARK, False)
+
     def apply(self) -> None:
         """Rebind, unless done already.
 
@@ -51,7 +59,7 @@ class Rebinding:
             RuntimeError: if this Megatron has no such name.
         """
         owner, last, original = self.find()
-        if getattr(original, _MARK, False):
+        if self.is_applied():
             return
         replacement = self.make(original)
         if not isinstance(replacement, type):

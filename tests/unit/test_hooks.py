@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
@@ -17,8 +18,10 @@ from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 
 import mhc_megatron
 from mhc_megatron import MHCConfig, megatron_hooks
+from mhc_megatron.megatron_hooks import patched
 from mhc_megatron.megatron_hooks.active import set_config
 from mhc_megatron.megatron_hooks.rebind import Rebinding
+from mhc_megatron.pipeline.communicator import StreamsCommunicator
 from mhc_megatron.residual.layer import HyperConnectionLayer
 from tests import models
 
@@ -57,6 +60,22 @@ def test_moved_symbol_names_the_version() -> None:
 def test_communicator_is_megatrons_for_other_models(hooks: None) -> None:
     assert issubclass(schedules.P2PCommunicator, P2PCommunicator)
     assert schedules.P2PCommunicator is not P2PCommunicator
+
+
+@pytest.mark.usefixtures("one_process")
+def test_hook_of_a_patched_module(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a patch's lines do: once though they are there twice; a class stays one; a name that is gone is an error."""
+    for _ in range(2):
+        monkeypatch.setattr(schedules, "P2PCommunicator", schedules.P2PCommunicator)  # put back at the end
+        patched.hook(schedules.__name__, "pipeline", "P2PCommunicator")
+    assert schedules.P2PCommunicator.__wrapped__ is P2PCommunicator
+    assert issubclass(schedules.P2PCommunicator, P2PCommunicator)
+    group = parallel_state.get_pipeline_model_parallel_group()
+    assert type(schedules.P2PCommunicator(pp_group=group, config=models.make_config())) is StreamsCommunicator
+    with pytest.raises(
+        RuntimeError, match=r"has no megatron\.core\.pipeline_parallel\.schedules\.Communicator, which 0\.19"
+    ):
+        patched.hook(schedules.__name__, "pipeline", "Communicator")
 
 
 def test_import_is_light() -> None:
