@@ -14,6 +14,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+from megatron.core.models.common.embeddings.yarn_rotary_pos_embedding import YarnRotaryEmbedding
 from megatron.core.pipeline_parallel import schedules
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
@@ -34,7 +36,9 @@ def _groups(store: Path, rank: int, world: int, **layout: Any) -> Iterator[None]
     finally:
         parallel_state.destroy_model_parallel()
         dist.destroy_process_group()
-        # Groups that Megatron forgets would deadlock a rank forked later.
+        # Groups that outlive this deadlock a rank forked later, when it lets go of them: their threads are not there.
+        for embedding in (RotaryEmbedding, YarnRotaryEmbedding):
+            embedding.forward.cache_clear()  # keyed by groups
         for name, value in list(vars(parallel_state).items()):
             if isinstance(value, dist.ProcessGroup):
                 setattr(parallel_state, name, None)
