@@ -119,12 +119,19 @@ def _like(group: dist.ProcessGroup) -> dist.ProcessGroup:
     """Another group of the same ranks. All ranks of the job make theirs, each one those of all: PyTorch numbers groups."""
     rows: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(rows, dist.get_process_group_ranks(group))
-    made = {row: dist.new_group(row, timeout=_timeout(group)) for row in dict.fromkeys(map(tuple, rows))}
+    theirs = getattr(group._get_backend(torch.device(torch.cuda.current_device())), "options", None)
+    made = {row: dist.new_group(row, **_settings(theirs)) for row in dict.fromkeys(map(tuple, rows))}
     return made[tuple(dist.get_process_group_ranks(group))]
 
 
-def _timeout(group: dist.ProcessGroup) -> timedelta | None:
-    """A group's own, so that a lost peer ends the run as it does in Megatron."""
-    options = getattr(group._get_backend(torch.device(torch.cuda.current_device())), "options", None)
-    timeout: timedelta | None = getattr(options, "_timeout", None)
-    return timeout
+def _settings(theirs: Any) -> dict[str, Any]:
+    """Arguments of `dist.new_group` for a group with the options of another one's backend: its timeout, so that a lost peer ends
+    the run as it does in Megatron; with NCCL, what ``--nccl-communicator-config-path`` and ``--high-priority-stream-groups`` say
+    of pipeline groups."""
+    timeout: timedelta | None = getattr(theirs, "_timeout", None)
+    nccl = getattr(dist, "ProcessGroupNCCL", None)  # absent in a CPU build
+    if nccl is None or not isinstance(theirs, nccl.Options):
+        return {"timeout": timeout}
+    options = nccl.Options(is_high_priority_stream=theirs.is_high_priority_stream)
+    options.config, options._timeout = theirs.config, theirs._timeout
+    return {"timeout": timeout, "pg_options": options}

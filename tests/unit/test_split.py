@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import re
 from collections import deque
+from datetime import timedelta
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from mhc_kernels import reference
 from mhc_megatron import MHCConfig
 from mhc_megatron.pipeline import split
 from mhc_megatron.pipeline.communicator import StreamsCommunicator
-from mhc_megatron.pipeline.links import Arrival
+from mhc_megatron.pipeline.links import Arrival, _settings
 from mhc_megatron.pipeline.side_channel import SideChannel
 from mhc_megatron.pipeline.state import PipelineState, _report, splits
 from tests import models
@@ -137,6 +139,20 @@ def test_another_pipeline_dtype_is_an_error(split_transfers: bool) -> None:
     state = PipelineState(N, split_transfers)
     with pytest.raises(RuntimeError, match=r"sends torch.float32, .* receives torch.bfloat16: set pipeline_dtype"):
         communicator._exchange(state, Any, torch.zeros(*TOKENS, N * C), None, False, False, None, True)
+
+
+@pytest.mark.skipif(not dist.is_nccl_available(), reason="needs a PyTorch with NCCL")
+def test_links_have_the_settings_of_the_pipeline_group() -> None:
+    theirs = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
+    theirs.config.max_ctas, theirs._timeout = 4, timedelta(seconds=77)
+    settings = _settings(theirs)
+    options = settings["pg_options"]
+    assert options is not theirs  # new_group writes the group's name on it
+    assert (options.config.max_ctas, options.is_high_priority_stream) == (4, True)
+    assert settings["timeout"] == options._timeout == theirs._timeout
+    assert (
+        _settings(_settings(dist.ProcessGroupNCCL.Options())["pg_options"])["pg_options"].config.max_ctas < 0
+    )  # unset
 
 
 def test_a_gradient_without_a_send_is_an_error() -> None:

@@ -19,6 +19,7 @@ from mhc_megatron import MHCConfig
 from mhc_megatron.pipeline import split
 from mhc_megatron.pipeline.communicator import StreamsCommunicator
 from mhc_megatron.pipeline.links import BACKWARD, FORWARD, Arrival, Links, group_of
+from mhc_megatron.pipeline.side_channel import SideChannel
 from mhc_megatron.pipeline.state import pipeline_state, share_pipeline
 from mhc_megatron.plan.order import Place
 
@@ -260,3 +261,22 @@ def test_no_stage_has_two_links_in_a_group_that_runs_them_one_by_one(stages: int
                 eager[group_of(sender, stages, wraps, True), stage] += 1
         assert set(lazy.values()) == {1}
         assert set(eager.values()) == {1}
+
+
+def test_two_stages_in_a_ring_have_four_groups() -> None:
+    """gloo would not tell: it keeps what two ranks exchange apart by itself."""
+    links = Links.__new__(Links)
+    links._stages, links._wraps = 2, True
+    links._groups = [["a", "b"], ["c", "d"]]
+    assert {links._link(direction, sender)[0] for direction in (FORWARD, BACKWARD) for sender in (0, 1)} == set("abcd")
+
+
+def test_one_receive_is_posted_ahead() -> None:
+    """Each one ahead holds a tensor of n*C values a token."""
+    events: list[Event] = []
+    channel = SideChannel(Recorder(events, 1, 2, "streams"), receives=4)
+    posted = []
+    for _ in range(4):
+        channel.receive_streams((1,), torch.float32)
+        posted.append(len(events))
+    assert posted == [2, 3, 4, 4]
