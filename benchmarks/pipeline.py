@@ -98,11 +98,11 @@ def _synchronize() -> None:
 
 @contextlib.contextmanager
 def _communicator(kind: str) -> Iterator[None]:
-    """The schedules' communicator for a kind."""
+    """The schedules' communicator for a kind; for wide and split transfers, by the hooks of `mhc_megatron.enable`."""
     from megatron.core.pipeline_parallel import schedules
     from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 
-    from mhc_megatron.pipeline.communicator import StreamsCommunicator
+    from mhc_megatron.megatron_hooks.pipeline import REBINDINGS
     from mhc_megatron.pipeline.state import pipeline_state
 
     class WideAsStock(P2PCommunicator):
@@ -113,13 +113,17 @@ def _communicator(kind: str) -> Iterator[None]:
                 tensor_shape = (*tensor_shape[:-1], tensor_shape[-1] * pipeline_state(self.config).num_streams)
             return super()._communicate(tensor_shape=tensor_shape, **rest)
 
-    known = {"residual": P2PCommunicator, "wide-stock": WideAsStock}
-    before = schedules.P2PCommunicator
-    schedules.P2PCommunicator = known.get(kind, StreamsCommunicator)
+    if kind == "wide-stock":
+        schedules.P2PCommunicator = WideAsStock
+    elif kind != "residual":
+        for rebinding in REBINDINGS:
+            rebinding.apply()
     try:
         yield
     finally:
-        schedules.P2PCommunicator = before
+        for rebinding in REBINDINGS:
+            rebinding.revert()
+        schedules.P2PCommunicator = P2PCommunicator
 
 
 @contextlib.contextmanager

@@ -88,6 +88,11 @@ class StreamsCommunicator(P2PCommunicator):
                 received[direction], handles[name] = links.receive(direction, own, dtype, requires_grad=True)
         for direction, name, tensor in ((FORWARD, "send_next", to_next), (BACKWARD, "send_prev", to_prev)):
             if tensor is not None:
+                if tensor.dtype != dtype:
+                    raise RuntimeError(
+                        f"mHC: a pipeline stage sends {tensor.dtype}, but the next one receives {dtype}: set pipeline_dtype "
+                        "of the TransformerConfig to the dtype of the streams"
+                    )
                 links.send(direction, tensor.detach())
                 handles[name] = NoWait()
         if wait:

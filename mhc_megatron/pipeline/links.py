@@ -4,7 +4,9 @@ A link is one direction between two stages; its tensors go in the order in which
 group (with NCCL: a communicator and a stream) of its own: NCCL runs what two ranks exchange in one group one after the other,
 so that a transfer would wait for those posted before it in the other direction. A group holds one direction's links of all
 stages, as each pair of them has one link there; but where two stages are each other's next one (an interleaved schedule on two
-ranks), the link that closes the ring has another group.
+ranks), the link that closes the ring has another group. And where NCCL is connected eagerly (``init_process_group(device_id=)``)
+a group is one communicator for all its stages, not one a pair: then no stage has two links in one group, or its sends would
+wait for receives posted before them, in a ring for ever.
 """
 
 from __future__ import annotations
@@ -49,9 +51,10 @@ class Links:
     def __init__(self, group: dist.ProcessGroup, wraps: bool):
         self._ranks = dist.get_process_group_ranks(group)
         self._stage, self._stages = group.rank(), group.size()
-        parities = 2 if self._stages == 2 and wraps else 1
-        # [direction][parity of the sending stage]
-        self._groups = [[_like(group) for _ in range(parities)] for _ in (FORWARD, BACKWARD)]
+        # [direction][number that group_of gives the sending stage]
+        apart = {group_of(sender, self._stages, wraps, _eager()) for sender in range(self._stages)}
+        self._wraps = wraps
+        self._groups = [[_like(group) for _ in apart] for _ in (FORWARD, BACKWARD)]
         self.sends = Sends()
         self._connect(wraps)
 
@@ -80,8 +83,8 @@ class Links:
 
     def _link(self, direction: int, sender: int) -> tuple[dist.ProcessGroup, int]:
         """The group and the receiving stage of a sending one."""
-        groups = self._groups[direction]
-        return groups[sender % len(groups)], (sender + (-1 if direction == BACKWARD else 1)) % self._stages
+        number = group_of(sender, self._stages, self._wraps, _eager())
+        return self._groups[direction][number], (sender + (-1 if direction == BACKWARD else 1)) % self._stages
 
     def _connect(self, wraps: bool) -> None:
         """Use every link once, in an order in which no two stages wait for each other: NCCL connects two ranks at their first
@@ -97,16 +100,38 @@ class Links:
                     self.receive(direction, (1,), torch.float32).wait()
 
 
+def group_of(sender: int, stages: int, wraps: bool, eager: bool) -> int:
+    """Which of a direction's groups holds the link that a stage sends on: 0, 1 or 2.
+
+    eager: whether no stage may have two links in a group; else no pair of stages may.
+    """
+    if not eager and not (wraps and stages == 2):
+        return 0
+    return 2 if wraps and stages % 2 and sender == stages - 1 else sender % 2
+
+
+def _eager() -> bool:
+    """Whether new process groups get one NCCL communicator at once, instead of one a pair of ranks at their first transfer."""
+    return getattr(dist.group.WORLD, "bound_device_id", None) is not None
+
+
 def _like(group: dist.ProcessGroup) -> dist.ProcessGroup:
     """Another group of the same ranks. All ranks of the job make theirs, each one those of all: PyTorch numbers groups."""
     rows: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(rows, dist.get_process_group_ranks(group))
-    made = {row: dist.new_group(row, timeout=_timeout(group)) for row in dict.fromkeys(map(tuple, rows))}
+    theirs = getattr(group._get_backend(torch.device(torch.cuda.current_device())), "options", None)
+    made = {row: dist.new_group(row, **_settings(theirs)) for row in dict.fromkeys(map(tuple, rows))}
     return made[tuple(dist.get_process_group_ranks(group))]
 
 
-def _timeout(group: dist.ProcessGroup) -> timedelta | None:
-    """A group's own, so that a lost peer ends the run as it does in Megatron."""
-    options = getattr(group._get_backend(torch.device(torch.cuda.current_device())), "options", None)
-    timeout: timedelta | None = getattr(options, "_timeout", None)
-    return timeout
+def _settings(theirs: Any) -> dict[str, Any]:
+    """Arguments of `dist.new_group` for a group with the options of another one's backend: its timeout, so that a lost peer ends
+    the run as it does in Megatron; with NCCL, what ``--nccl-communicator-config-path`` and ``--high-priority-stream-groups`` say
+    of pipeline groups."""
+    timeout: timedelta | None = getattr(theirs, "_timeout", None)
+    nccl = getattr(dist, "ProcessGroupNCCL", None)  # absent in a CPU build
+    if nccl is None or not isinstance(theirs, nccl.Options):
+        return {"timeout": timeout}
+    options = nccl.Options(is_high_priority_stream=theirs.is_high_priority_stream)
+    options.config, options._timeout = theirs.config, theirs._timeout
+    return {"timeout": timeout, "pg_options": options}

@@ -37,8 +37,8 @@ def accompany(received: Tensor, arrival: Arrival) -> None:
 class Departure:
     """One microbatch's output of one chunk: what the two autograd nodes that stand for it share."""
 
-    def __init__(self, channel: SideChannel):
-        self.channel = channel
+    def __init__(self, channel: SideChannel, dtype: torch.dtype):
+        self.channel, self.dtype = channel, dtype
         self.gradient: Arrival | None = None
 
 
@@ -126,17 +126,17 @@ def depart_with(state: PipelineState, streams: Tensor, post: Tensor) -> tuple[Te
         raise RuntimeError(
             "mHC: --mhc-pipeline-comm split needs mhc_megatron.enable() before training starts, or 'wide'"
         )
-    departure = Departure(state.channel)
+    departure = Departure(state.channel, streams.dtype)
     return _Depart.apply(streams, post, departure), departure
 
 
 def pack(y: Tensor, bias: Tensor | None, dropout_p: float, post: Tensor, departure: Departure) -> Tensor:
-    """``[dropout(y + bias) | post]``: the chunk's output, for the schedule to send."""
+    """``[dropout(y + bias) | post]``, in the streams' dtype: the chunk's output, for the schedule to send."""
     if bias is not None:
         y = y + bias
     if dropout_p:
         y = torch.nn.functional.dropout(y, dropout_p)
-    return _Pack.apply(y, post, departure)
+    return _Pack.apply(y.to(departure.dtype), post, departure)  # under autocast, y may have another dtype
 
 
 def arrive(packed: Tensor, state: PipelineState, backend: str) -> Tensor:

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import re
 from collections import deque
+from datetime import timedelta
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from mhc_kernels import reference
 from mhc_megatron import MHCConfig
 from mhc_megatron.pipeline import split
-from mhc_megatron.pipeline.links import Arrival
+from mhc_megatron.pipeline.communicator import StreamsCommunicator
+from mhc_megatron.pipeline.links import Arrival, _settings
 from mhc_megatron.pipeline.side_channel import SideChannel
 from mhc_megatron.pipeline.state import PipelineState, _report, splits
 from tests import models
@@ -110,6 +113,46 @@ def test_streams_take_no_second_tensor() -> None:
 def test_what_came_alone_is_no_boundary() -> None:
     with pytest.raises(RuntimeError, match=r"a tensor 40 wide.*mhc_megatron.enable\(\)"):
         split.arrive(torch.zeros(*TOKENS, 40), PipelineState(N, split=True), "reference")
+
+
+def test_output_has_the_dtype_of_the_streams() -> None:
+    """Under autocast a sublayer returns another one; what the schedule receives is as wide as pipeline_dtype makes it."""
+    state = PipelineState(N, split=True)
+    state.channel = Loop()
+    x, y = torch.randn(*TOKENS, N * C), torch.randn(*TOKENS, C).bfloat16().requires_grad_()
+    res, post = torch.rand(*TOKENS, N, N), torch.rand(*TOKENS, N)
+    packed = split.pack(y, None, 0.0, *split.depart(state, x, res, post, x[..., :C], None, "reference"))
+    assert packed.dtype == torch.float32
+    assert torch.equal(split._part(packed, N)[0], y.float())
+    gradient = torch.ones_like(packed)
+    split.accompany(gradient, Arrival(torch.zeros_like(x), Done()))
+    packed.backward(gradient)
+    assert y.grad.dtype == torch.bfloat16
+    assert (y.grad == 1).all()
+
+
+@pytest.mark.parametrize("split_transfers", [False, True])
+def test_another_pipeline_dtype_is_an_error(split_transfers: bool) -> None:
+    """NCCL would not tell: it counts bytes, and waits."""
+    communicator = StreamsCommunicator.__new__(StreamsCommunicator)
+    communicator.config = models.make_config(pipeline_dtype=torch.bfloat16)
+    state = PipelineState(N, split_transfers)
+    with pytest.raises(RuntimeError, match=r"sends torch.float32, .* receives torch.bfloat16: set pipeline_dtype"):
+        communicator._exchange(state, Any, torch.zeros(*TOKENS, N * C), None, False, False, None, True)
+
+
+@pytest.mark.skipif(not dist.is_nccl_available(), reason="needs a PyTorch with NCCL")
+def test_links_have_the_settings_of_the_pipeline_group() -> None:
+    theirs = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
+    theirs.config.max_ctas, theirs._timeout = 4, timedelta(seconds=77)
+    settings = _settings(theirs)
+    options = settings["pg_options"]
+    assert options is not theirs  # new_group writes the group's name on it
+    assert (options.config.max_ctas, options.is_high_priority_stream) == (4, True)
+    assert settings["timeout"] == options._timeout == theirs._timeout
+    assert (
+        _settings(_settings(dist.ProcessGroupNCCL.Options())["pg_options"])["pg_options"].config.max_ctas < 0
+    )  # unset
 
 
 def test_a_gradient_without_a_send_is_an_error() -> None:

@@ -1,0 +1,282 @@
+"""Megatron's own schedules, one rank after another, with recorded links: what is sent is received by the pass that needs it, and
+nothing waits in a ring, whatever NCCL runs one after the other."""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter, defaultdict, deque
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from megatron.core.pipeline_parallel import schedules, utils
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer import TransformerConfig
+from torch import Tensor
+
+from mhc_megatron import MHCConfig
+from mhc_megatron.pipeline import split
+from mhc_megatron.pipeline.communicator import StreamsCommunicator
+from mhc_megatron.pipeline.links import BACKWARD, FORWARD, Arrival, Links, group_of
+from mhc_megatron.pipeline.side_channel import SideChannel
+from mhc_megatron.pipeline.state import pipeline_state, share_pipeline
+from mhc_megatron.plan.order import Place
+
+
+class Link(NamedTuple):
+    purpose: str
+    direction: int
+    sender: int
+    receiver: int
+
+
+class Event(NamedTuple):
+    """What a rank does: "send", "receive", "wait" (for the receive with that number of the rank's) or a "pass"."""
+
+    kind: str
+    link: Link | None = None
+    number: int = -1
+    at: tuple[int, int] | None = (
+        None  # chunk of the whole model and microbatch of the pass that a send or wait is part of
+    )
+
+
+class Recorder:
+    """Stands in for Links. Tells which pass it is called from: `at`."""
+
+    def __init__(self, events: list[Event], rank: int, stages: int, purpose: str):
+        self.events, self.rank, self.stages, self.purpose = events, rank, stages, purpose
+        self.at: tuple[int, int] | None = None
+
+    def send(self, direction: int, tensor: Tensor) -> None:
+        to = (self.rank + (1 if direction == FORWARD else -1)) % self.stages
+        self.events.append(Event("send", Link(self.purpose, direction, self.rank, to), at=self.at))
+
+    def receive(self, direction: int, shape: Any, dtype: torch.dtype, requires_grad: bool = False) -> Arrival:
+        number = len(self.events)
+        sender = (self.rank + (1 if direction == BACKWARD else -1)) % self.stages
+        self.events.append(Event("receive", Link(self.purpose, direction, sender, self.rank), number))
+        work = SimpleNamespace(wait=lambda: self.events.append(Event("wait", None, number, self.at)))
+        return Arrival(torch.zeros(1, dtype=dtype, requires_grad=requires_grad), work)
+
+
+class Chunk(torch.nn.Module):
+    """Does to the side channel what a chunk's first and last mHC sublayers do, and nothing else."""
+
+    def __init__(self, config: Any, stage: int, last_stage: int, streams: Recorder):
+        super().__init__()
+        self.config, self.first, self.last, self.streams, self.stage = (
+            config,
+            stage == 0,
+            stage == last_stage,
+            streams,
+            stage,
+        )
+        self.forwards, self.backwards = itertools.count(), itertools.count()
+        self.passed, self.model_type = streams.events, None
+
+    def set_input_tensor(self, tensors: list[Tensor]) -> None:
+        self.input = tensors[0]
+
+    def forward(self) -> Tensor:
+        self.streams.at = (self.stage, next(self.forwards))
+        x = torch.zeros(1, requires_grad=True) if self.first else self.input
+        channel = pipeline_state(self.config).channel
+        if channel is not None and not self.first:
+            getattr(x, split._ARRIVAL).wait()
+        if channel is not None and not self.last:
+            channel.send_streams(torch.zeros(1))
+        self.passed.append(Event("pass"))
+        return _Pass.apply(x, self)
+
+
+class _Pass(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, chunk: Chunk) -> Tensor:
+        ctx.chunk = chunk
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        chunk, channel = ctx.chunk, pipeline_state(ctx.chunk.config).channel
+        chunk.streams.at = (chunk.stage, next(chunk.backwards))
+        chunk.passed.append(Event("pass"))
+        if channel is not None and not chunk.last:
+            getattr(gradient, split._ARRIVAL).wait()
+        if channel is not None and not chunk.first:
+            channel.queue_gradient(torch.zeros(1))
+        return torch.zeros(1), None
+
+
+class Shape(NamedTuple):
+    stages: int
+    chunks: int
+    microbatches: int
+    group: int | None
+    overlap: bool
+    flush: bool
+    forward_only: bool
+    comm: str
+
+
+def shapes() -> list[Shape]:
+    found = []
+    for stages, chunks, only, comm in itertools.product((2, 3, 4), (1, 2, 3), (False, True), ("wide", "split")):
+        if chunks == 1:
+            found += [Shape(stages, 1, m, None, False, False, only, comm) for m in {1, 2, stages, 2 * stages + 1}]
+            continue
+        for m, group in (stages, stages), (2 * stages + 1, stages + 1), (2 * stages, 2 * stages):
+            for overlap, flush in (False, False), (True, False), (True, True):
+                found.append(Shape(stages, chunks, m, group, overlap, flush, only, comm))
+    return [*found, Shape(8, 1, 9, None, False, False, False, "split"), Shape(8, 2, 16, 8, True, True, False, "split")]
+
+
+def record(shape: Shape, rank: int, monkeypatch: pytest.MonkeyPatch) -> list[Event]:
+    interleaved = shape.chunks > 1
+    config = TransformerConfig(
+        num_layers=shape.stages * shape.chunks,
+        hidden_size=8,
+        num_attention_heads=1,
+        pipeline_model_parallel_size=shape.stages,
+        virtual_pipeline_model_parallel_size=shape.chunks if interleaved else None,
+        microbatch_group_size_per_vp_stage=shape.group,
+        pipeline_dtype=torch.float32,
+        overlap_p2p_comm=shape.overlap,
+        batch_p2p_comm=False,
+        overlap_p2p_comm_warmup_flush=shape.flush,
+        deallocate_pipeline_outputs=True,
+    )
+    state = share_pipeline(config, MHCConfig(pipeline_comm=shape.comm))
+    state.microbatches = shape.microbatches
+    events: list[Event] = []
+    made = {purpose: Recorder(events, rank, shape.stages, purpose) for purpose in ("schedule", "streams")}
+    monkeypatch.setattr(Links, "of", lambda group, wraps, purpose: made[purpose])
+    group = Place(shape.stages, shape.chunks, rank)
+    alone = Place(1, 1, 0)
+    groups = ProcessGroupCollection(tp=alone, cp=alone, pp=group)
+    last = shape.stages * shape.chunks - 1
+    chunks = [Chunk(config, i * shape.stages + rank, last, made["streams"]) for i in range(shape.chunks)]
+    name = "with" if interleaved else "without"
+    getattr(schedules, f"forward_backward_pipelining_{name}_interleaving")(
+        forward_step_func=lambda _, chunk: (chunk(), lambda output: (output.sum(), {})),
+        data_iterator=[None] * shape.chunks if interleaved else None,
+        model=chunks if interleaved else chunks[0],
+        num_microbatches=shape.microbatches,
+        seq_length=1,
+        micro_batch_size=1,
+        forward_only=shape.forward_only,
+        p2p_communicator=StreamsCommunicator(group, config),
+        pg_collection=groups,
+    )
+    if state.channel is not None:
+        assert state.channel._left == 0
+        assert not state.channel._arriving
+        assert not state.channel._gradients
+    return events
+
+
+def check_partners(ranks: list[list[Event]]) -> None:
+    """Every transfer has two ends, and streams end in the pass of the same microbatch, one chunk on."""
+    sends: dict[Link, list[Any]] = defaultdict(list)
+    receives: dict[Link, list[Any]] = defaultdict(list)
+    for events in ranks:
+        waits = {event.number: event.at for event in events if event.kind == "wait"}
+        for event in events:
+            if event.kind == "send":
+                sends[event.link].append(event.at)
+            elif event.kind == "receive":
+                receives[event.link].append(waits[event.number])
+    assert sends.keys() == receives.keys()
+    for link, sent in sends.items():
+        step = 1 if link.direction == FORWARD else -1
+        assert len(sent) == len(receives[link]), link
+        if link.purpose == "streams":
+            assert [(chunk + step, microbatch) for chunk, microbatch in sent] == receives[link], link
+
+
+def unfinished(ranks: list[list[Event]], stages: int, wraps: bool, eager: bool) -> int:
+    """How many operations are never done, if each rank has a compute stream, and a stream for all of a communicator's transfers.
+
+    A transfer starts when what its rank computes before it is done and its stream is free; it ends when its other end starts.
+    """
+    streams: dict[Any, deque] = defaultdict(deque)  # of operations: name, what it needs, the transfer it is an end of
+    for rank, events in enumerate(ranks):
+        computed: Any = None
+        count: Counter = Counter()
+        for number, event in enumerate(events):
+            link, needs = event.link, {computed} - {None}
+            if link is None:
+                needs |= {(rank, event.number)} if event.kind == "wait" else set()
+                streams[rank].append(((rank, number), needs, None))
+                computed = rank, number
+                continue
+            count[event.kind, link] += 1
+            group = link.purpose, link.direction, group_of(link.sender, stages, wraps, eager)
+            stream = rank, group if eager else (group, frozenset(link[2:]))
+            streams[stream].append(((rank, number), needs, (link, count[event.kind, link])))
+    done: set[Any] = set()
+    started: dict[Any, set[Any]] = defaultdict(set)
+    before = -1
+    while len(done) > before:
+        before = len(done)
+        for stream in streams.values():
+            while stream and stream[0][1] <= done:
+                name, _, transfer = stream[0]
+                started[transfer].add(name)
+                if transfer is not None and len(started[transfer]) < 2:
+                    break
+                done |= started[transfer] if transfer is not None else {name}
+                stream.popleft()
+    return sum(map(len, streams.values()))
+
+
+def test_transfers_meet_and_none_waits_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(utils, "get_pg_rank", lambda group: group.rank())
+    monkeypatch.setattr(utils, "get_pg_size", lambda group: group.size())
+    monkeypatch.setattr(torch.distributed, "get_global_rank", lambda group, rank: rank)
+    for shape in shapes():
+        ranks = [record(shape, rank, monkeypatch) for rank in range(shape.stages)]
+        try:
+            check_partners(ranks)
+        except AssertionError as error:
+            raise AssertionError(shape) from error
+        for eager in (False, True):
+            stuck = unfinished(ranks, shape.stages, shape.chunks > 1, eager)
+            assert not stuck, f"{shape}, NCCL connected {'eagerly' if eager else 'at the first transfer'}"
+
+
+@pytest.mark.parametrize("stages", range(2, 9))
+@pytest.mark.parametrize("wraps", [False, True])
+def test_no_stage_has_two_links_in_a_group_that_runs_them_one_by_one(stages: int, wraps: bool) -> None:
+    for direction in (1, -1):
+        links = [(sender, (sender + direction) % stages) for sender in range(stages)]
+        if not wraps:
+            links.remove((stages - 1, 0) if direction == 1 else (0, stages - 1))
+        eager: Counter = Counter()
+        lazy: Counter = Counter()
+        for sender, receiver in links:
+            lazy[group_of(sender, stages, wraps, False), frozenset((sender, receiver))] += 1
+            for stage in (sender, receiver):
+                eager[group_of(sender, stages, wraps, True), stage] += 1
+        assert set(lazy.values()) == {1}
+        assert set(eager.values()) == {1}
+
+
+def test_two_stages_in_a_ring_have_four_groups() -> None:
+    """gloo would not tell: it keeps what two ranks exchange apart by itself."""
+    links = Links.__new__(Links)
+    links._stages, links._wraps = 2, True
+    links._groups = [["a", "b"], ["c", "d"]]
+    assert {links._link(direction, sender)[0] for direction in (FORWARD, BACKWARD) for sender in (0, 1)} == set("abcd")
+
+
+def test_one_receive_is_posted_ahead() -> None:
+    """Each one ahead holds a tensor of n*C values a token."""
+    events: list[Event] = []
+    channel = SideChannel(Recorder(events, 1, 2, "streams"), receives=4)
+    posted = []
+    for _ in range(4):
+        channel.receive_streams((1,), torch.float32)
+        posted.append(len(events))
+    assert posted == [2, 3, 4, 4]
