@@ -8,8 +8,9 @@ nobody waits for); split (`mhc_megatron.pipeline.split`). Layers of the paper's 
 forced load balancing, Transformer Engine, bf16, forward and backward by Megatron's schedule, no optimizer.
 
 Exposed: a step's time minus that of the same step with transfers replaced by local copies: each one still sends one element,
-so stages wait for each other as before, and copies the rest from a buffer of its own. All kinds are built in one process and
-take turns in random order; medians.
+so stages wait for each other as before, and copies the rest from a buffer of its own. Without an interleaved schedule, residual
+and wide-stock have Megatron's batched transfers, with its device synchronisation after each (``batch_p2p_sync``). All kinds are
+built in one process and take turns in random order; medians.
 
 The link is NCCL's choice, and the environment's: NVLink by default; shared memory with NCCL_P2P_DISABLE=1; sockets over
 loopback with NCCL_P2P_DISABLE=1 NCCL_SHM_DISABLE=1 NCCL_SOCKET_IFNAME=lo. Its speed is measured and printed.

@@ -91,6 +91,8 @@ def why_not_own_links(config: Any) -> str | None:
         return "variable_seq_lengths: a tensor's size is not known before it arrives"
     if config.use_ring_exchange_p2p:
         return "use_ring_exchange_p2p has no links between two stages"
+    if config.pipeline_model_parallel_comm_backend == "ucc":
+        return "pipeline_model_parallel_comm_backend 'ucc': its groups are Megatron's to make"
     return None
 
 

@@ -79,6 +79,7 @@ def many_steps(settings: dict[str, Any], folder: Path) -> None:
         for ours, theirs in zip(split, wide, strict=True):
             compare_gradients(ours, theirs)
     assert not pipeline_state(wide_config).split
+    assert pipeline_state(split_config).microbatches is None, "would be taken for the next schedule's"
     channel = pipeline_state(split_config).channel
     assert channel is not None
     channel.links.sends.release()

@@ -176,6 +176,11 @@ def test_a_gradient_without_a_send_is_an_error() -> None:
             False,
             "wide instead of split: variable_seq_lengths",
         ),
+        (
+            {"pipeline_model_parallel_comm_backend": "ucc"},
+            False,
+            "wide instead of split: pipeline_model_parallel_comm_backend",
+        ),
         ({"recompute_granularity": "selective", "recompute_modules": ["mlp"]}, True, "split"),
     ],
 )
