@@ -66,8 +66,8 @@ class MHCConfig:
     )
     pipeline_comm: str = _option(
         "auto",
-        "pipeline transfers: wide: all streams, after a chunk's last sublayer; split: H_res x on a side channel while that "
-        "sublayer runs, its output after it; auto: wide",
+        "pipeline transfers: auto: all streams in Megatron's own; wide: the same over links of their own, no send stops the "
+        "compute stream; split: H_res x on a side channel while a chunk's last sublayer runs, its output after it",
         PIPELINE_COMMS,
     )
 

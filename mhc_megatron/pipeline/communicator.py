@@ -11,14 +11,15 @@ from mhc_megatron.pipeline.links import BACKWARD, FORWARD, Links
 from mhc_megatron.pipeline.sends import NoWait
 from mhc_megatron.pipeline.side_channel import SideChannel
 from mhc_megatron.pipeline.split import accompany, columns
-from mhc_megatron.pipeline.state import PipelineState, pipeline_state, why_not_own_links
+from mhc_megatron.pipeline.state import PipelineState, pipeline_state
 
 
 class StreamsCommunicator(P2PCommunicator):
     """Megatron's communicator, with tensors as wide as the model on this config has made them.
 
     For a model without mHC this is Megatron's communicator unchanged. Else the schedule's ``[s, b, C]`` becomes ``[s, b,
-    n*C]``, or ``[s, b, C + a few]`` with a companion of ``[s, b, n*C]`` on the side (`split`), on links of its own (`links`):
+    n*C]``, in Megatron's own transfers or over links of its own (`links`); or ``[s, b, C + a few]`` over links, with a companion
+    of ``[s, b, n*C]`` on the side (`split`). On links:
 
     * Sends do not stop the compute stream, batched (``batch_p2p_comm``) or not: the tensor is kept until it has gone.
     * What leaves is an alias of the output, so that Megatron's ``deallocate_output_tensor``, which swaps the output's
@@ -30,7 +31,7 @@ class StreamsCommunicator(P2PCommunicator):
         super().__init__(pp_group, config)
         self._state = state = pipeline_state(config)
         self._links: Links | None = None
-        if state is None or why_not_own_links(config) is not None:
+        if state is None or not state.links:
             return
         wraps = config.virtual_pipeline_model_parallel_size is not None
         self._links = Links.of(pp_group, wraps, "schedule")
@@ -52,6 +53,8 @@ class StreamsCommunicator(P2PCommunicator):
         if state is None or self._links is None:
             if state is not None and tensor_shape:
                 tensor_shape = (*tensor_shape[:-1], tensor_shape[-1] * state.num_streams)
+            if state is not None and tensor_send_next is not None:
+                tensor_send_next = tensor_send_next.detach()  # as on links
             return super()._communicate(
                 tensor_send_next=tensor_send_next,
                 tensor_send_prev=tensor_send_prev,

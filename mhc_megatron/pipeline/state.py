@@ -21,12 +21,13 @@ _ATTRIBUTE = "mhc_pipeline"
 class PipelineState:
     """Kept on Megatron's TransformerConfig, which the chunks and the schedule have in common.
 
-    num_streams: n. split: whether streams travel apart from the last sublayer's output. channel: what they travel on then;
-    the schedule's communicator sets it. microbatches: of the schedule that is running, if it is known.
+    num_streams: n. split: whether streams travel apart from the last sublayer's output. links: whether transfers go over links
+    of their own (`pipeline.links`) instead of Megatron's. channel: what split streams travel on; the schedule's communicator sets
+    it. microbatches: of the schedule that is running, if it is known.
     """
 
-    def __init__(self, num_streams: int, split: bool):
-        self.num_streams, self.split = num_streams, split
+    def __init__(self, num_streams: int, split: bool, links: bool = True):
+        self.num_streams, self.split, self.links = num_streams, split, links
         self.channel: SideChannel | None = None
         self.microbatches: int | None = None
 
@@ -46,7 +47,8 @@ def share_pipeline(config: Any, mhc_config: MHCConfig) -> PipelineState:
     """
     state = pipeline_state(config)
     if state is None:
-        state = PipelineState(mhc_config.num_streams, splits(mhc_config, config))
+        links = mhc_config.pipeline_comm != "auto" and why_not_own_links(config) is None
+        state = PipelineState(mhc_config.num_streams, splits(mhc_config, config), links)
         setattr(config, _ATTRIBUTE, state)
     elif state.num_streams != mhc_config.num_streams:
         raise ValueError(
@@ -67,8 +69,13 @@ def splits(mhc_config: MHCConfig, config: Any) -> bool:
     stages = config.pipeline_model_parallel_size
     if stages == 1 or mhc_config.num_streams == 1:
         return False
-    if mhc_config.pipeline_comm != "split":
-        _report(f"wide, {mhc_config.num_streams} streams in the schedule's own transfers ({mhc_config.pipeline_comm})")
+    if mhc_config.pipeline_comm == "auto":
+        _report(f"{mhc_config.num_streams} streams in Megatron's own transfers (auto)")
+        return False
+    if mhc_config.pipeline_comm == "wide":
+        reason = why_not_own_links(config)
+        links = "links of their own" if reason is None else f"Megatron's own transfers: {reason}"
+        _report(f"wide, {mhc_config.num_streams} streams in the schedule's transfers, over {links}")
         return False
     reason = why_not_split(config)
     if reason is not None:

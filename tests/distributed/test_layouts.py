@@ -32,7 +32,7 @@ VPP2 = {**PP2, "virtual_pipeline_model_parallel_size": 2}
 INTERLEAVED = {"overlap_p2p_comm": True, "batch_p2p_comm": False}
 RECOMPUTE = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
 MHC_RECOMPUTE = {"mhc": {"backend": "triton", "recompute": True}}  # with interpreted kernels: slow
-SPLIT = {"mhc": {"pipeline_comm": "split"}}
+SPLIT, WIDE = {"mhc": {"pipeline_comm": "split"}}, {"mhc": {"pipeline_comm": "wide"}}
 ENDS_APART = {"pipeline_model_parallel_layout": "E|tt|tt|L"}
 
 # name: (processes, parallel sizes, further settings; "mhc": of MHCConfig). Dense where it says so (Megatron wants SP for TP
@@ -51,6 +51,8 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
     "pp2-vpp2": (2, VPP2, {**INTERLEAVED, "deallocate_pipeline_outputs": True}),
     "pp2-vpp2-ends-apart": (2, VPP2, {**INTERLEAVED, **ENDS_APART, "deallocate_pipeline_outputs": True}),
     "dense-pp2-vpp2-mhc-recompute": (2, VPP2, {**INTERLEAVED, **MHC_RECOMPUTE, "deallocate_pipeline_outputs": True}),
+    "pp2-wide": (2, PP2, WIDE),
+    "pp2-vpp2-wide": (2, VPP2, {**INTERLEAVED, **WIDE, "deallocate_pipeline_outputs": True}),
     "pp2-split": (2, PP2, SPLIT),
     "pp2-no-batch-split": (2, PP2, {**SPLIT, "batch_p2p_comm": False, "deallocate_pipeline_outputs": True}),
     "dense-pp2-vpp2-split": (2, VPP2, {**INTERLEAVED, **SPLIT, "deallocate_pipeline_outputs": True}),

@@ -18,7 +18,7 @@ from mhc_megatron.pipeline import split
 from mhc_megatron.pipeline.communicator import StreamsCommunicator
 from mhc_megatron.pipeline.links import Arrival, _settings
 from mhc_megatron.pipeline.side_channel import SideChannel
-from mhc_megatron.pipeline.state import PipelineState, _report, splits
+from mhc_megatron.pipeline.state import PipelineState, _report, share_pipeline, splits
 from tests import models
 
 N, C, TOKENS = 4, 32, (6, 2)
@@ -193,3 +193,12 @@ def test_choice(settings: dict[str, Any], chosen: bool, says: str | None, caplog
         assert re.search(says, caplog.text), caplog.text
     assert not splits(MHCConfig(pipeline_comm="wide"), config)
     assert not splits(MHCConfig(pipeline_comm="auto"), config)
+
+
+@pytest.mark.parametrize(
+    ("comm", "links", "split"), [("auto", False, False), ("wide", True, False), ("split", True, True)]
+)
+def test_links_are_asked_for(comm: str, links: bool, split: bool) -> None:
+    config = models.make_config(pipeline_model_parallel_size=2, pipeline_dtype=torch.float32)
+    state = share_pipeline(config, MHCConfig(pipeline_comm=comm))
+    assert (state.links, state.split) == (links, split)
