@@ -3,6 +3,7 @@
 from mhc_kernels.norm import RMSNorm
 from mhc_kernels.ops import aggregate, boundary, connect, head, mappings, mix, sinkhorn
 from mhc_kernels.recompute_block import RecomputePlace, recompute
+from mhc_kernels.recompute_input import free_until_backward
 
 __all__ = [
     "RMSNorm",
@@ -10,6 +11,7 @@ __all__ = [
     "aggregate",
     "boundary",
     "connect",
+    "free_until_backward",
     "head",
     "mappings",
     "mix",

@@ -3,6 +3,7 @@
 What a boundary keeps of n*C values a token is its streams, x' and (as the one before wrote it) x. Both follow from the first
 streams of a block and each sublayer's output, H_res and H_post, which are kept anyway: the output is C wide, the mappings
 n*n + n numbers. So one `mix` a boundary brings them back: neither phi nor Sinkhorn runs again, and no sublayer does.
+What the sublayer reads follows from the streams: `recompute_input`.
 """
 
 from __future__ import annotations
@@ -133,11 +134,19 @@ class RecomputePlace(NamedTuple):
             del self.block.streams[known]
 
 
+# torch 2.6 may lack it.
+_top_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+
+
+def saved_tensors_are_hooked() -> bool:
+    """Whether what autograd saves now goes through somebody's hooks (activation checkpoints, offloading), or may."""
+    return _top_hooks is None or _top_hooks(True) is not None
+
+
 def _repeats() -> bool:
     """Whether a non-reentrant activation checkpoint repeats its forward to get at what was saved; its nodes come to nothing."""
-    # torch 2.6 may lack it; such checkpoints are then refused, by the errors above.
-    top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
-    hooks = None if top is None else top(True)
+    # Without _top_hooks such checkpoints are refused, by the errors above.
+    hooks = None if _top_hooks is None else _top_hooks(True)
     return hooks is not None and "_recomputation_hook" in getattr(hooks[0], "__qualname__", "")
 
 

@@ -7,10 +7,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from mhc_kernels import mix
+from mhc_kernels import free_until_backward, mix
 from mhc_megatron.config import MHCConfig
 from mhc_megatron.pipeline.split import pack
-from mhc_megatron.residual.chain import prepare
+from mhc_megatron.residual.chain import forget, prepare
 from mhc_megatron.residual.streams import Residual
 
 BiasDropoutAdd = Callable[[tuple[Tensor, Tensor | None], Residual, float], Tensor]
@@ -27,10 +27,12 @@ def hyper_connection_add(mhc_config: MHCConfig) -> Callable[[bool, bool], BiasDr
         # `fused` asks for Megatron's jitted add; there is one implementation here, the backend's.
         def add(output_with_bias: tuple[Tensor, Tensor | None], residual: Residual, prob: float) -> Tensor:
             y, bias = output_with_bias
-            y = y.contiguous()
             p = prob if training else 0.0
-            x, post, res, grad, successor, place, departure = residual
+            x, post, res, grad, successor, place, departure, u = residual
             with torch.set_grad_enabled(grad):
+                if u is not None and free_until_backward(u, y):
+                    forget(x)
+                y = y.contiguous()
                 if departure is not None:
                     return pack(y, bias, p, post, departure)
                 if successor is None or not successor.hyper_connection.fuses(x):

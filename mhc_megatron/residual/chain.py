@@ -51,7 +51,7 @@ def prepare(
 def take(hidden: Tensor, reader: nn.Module) -> Prepared | None:
     """What was left on these streams for ``reader``, if it still holds.
 
-    It stays there: a checkpoint's recompute has to find what the forward found.
+    It stays there: a checkpoint's recompute has to find what the forward found. (Under such a checkpoint u is not freed.)
     """
     prepared: Prepared | None = getattr(hidden, _ATTRIBUTE, None)
     if prepared is None or prepared.reader is not reader:
@@ -59,6 +59,12 @@ def take(hidden: Tensor, reader: nn.Module) -> Prepared | None:
     if prepared.history is not hidden.grad_fn or prepared.version != _version(hidden):
         return None
     return prepared
+
+
+def forget(hidden: Tensor) -> None:
+    """Drop what was left on these streams: its u has been freed, and another reader of it has to compute it anew."""
+    if hasattr(hidden, _ATTRIBUTE):
+        delattr(hidden, _ATTRIBUTE)
 
 
 def _version(hidden: Tensor) -> int:

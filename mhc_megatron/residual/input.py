@@ -57,6 +57,7 @@ class HyperConnectionInput(NormWrapper):
             normed, place = norm is not None, self._first_place(hidden)
         else:
             u, post, res, normed, place = prepared[:5]
+        aggregated = None if place is None else u
         if not normed:
             u = self.norm(u)
         departure = None
@@ -64,7 +65,7 @@ class HyperConnectionInput(NormWrapper):
             backend = self.hyper_connection.mhc_config.backend
             post, departure = depart(self._pipeline, hidden, res, post, u, place, backend)
         successor = self._successor[0] if self._successor else None
-        return u, Residual(hidden, post, res, torch.is_grad_enabled(), successor, place, departure)
+        return u, Residual(hidden, post, res, torch.is_grad_enabled(), successor, place, departure, aggregated)
 
     def _first_place(self, hidden: Tensor) -> RecomputePlace | None:
         """The start of a block with this sublayer's streams; None if all streams are kept."""

@@ -18,7 +18,8 @@ class Residual(NamedTuple):
     x: ``[s, b, n*C]``, the streams' dtype; post ``[s, b, n]`` and res ``[s, b, n, n]``, float32. grad: whether the
     input ran with gradients (Megatron calls every add with them). successor: the mHC input that will read the result, if
     it is known (`chain`). recompute: x's place in a block of streams that the backward computes again. departure: of the last
-    sublayer of a pipeline chunk whose streams have left already (`pipeline.split`).
+    sublayer of a pipeline chunk whose streams have left already (`pipeline.split`). u: ``[s, b, C]``, H_pre @ x as the kernels
+    returned it, if the backward is to compute it again (`mhc_kernels.free_until_backward`).
     """
 
     x: Tensor
@@ -28,6 +29,7 @@ class Residual(NamedTuple):
     successor: HyperConnectionInput | None = None
     recompute: RecomputePlace | None = None
     departure: Departure | None = None
+    u: Tensor | None = None
 
 
 def expand(hidden: Tensor, num_streams: int) -> Tensor:

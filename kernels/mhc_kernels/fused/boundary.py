@@ -19,6 +19,7 @@ from mhc_kernels.fused.boundary_plans import (
     BackwardOptions,
     ForwardOptions,
     Shape,
+    aggregate_again_plan,
     backward_plan,
     forward_plan,
     gradient_shapes,
@@ -51,6 +52,7 @@ class ForwardCall:
         s = sizes_of(shape, n, dtype, device)
         shapes = output_shapes(s, shape[:-1], dtype, options.mixes, options.aggregates, options.gamma is not None)
         self._results = _forms(shapes)
+        self.form_of_u = self._results[1]
         self._plan = None
         if s.t:
             self._plan = forward_plan(s, options)
@@ -74,6 +76,13 @@ class ForwardCall:
                 new(*self._scratch),
             )  # fmt: skip
         return results  # type: ignore[return-value]
+
+    def aggregate_again(self, streams: Tensor, kept: Tensor, gamma: Tensor | None, u: Tensor) -> None:
+        """Write u as `run` returned it. streams: those that it was aggregated from; kept: what it returned as such."""
+        if self._plan is not None:
+            options = self._options
+            plan = aggregate_again_plan(sizes_of(*self._streams), options.gamma, options.centered)
+            plan.run(streams, streams if gamma is None else gamma, kept, u)
 
     def backward(self, g: bool, du: bool, accumulates: bool) -> BackwardCall:
         """Its backward, given whether out and u have gradients and whether there are gradients of the parameters to add to."""

@@ -132,6 +132,18 @@ def forward_plan(s: Sizes, options: ForwardOptions) -> Plan:
     return Plan(_FORWARD, steps, {**_kept(s, aggregates, normalises), **scratch}, unchecked=7)
 
 
+@plans
+def aggregate_again_plan(s: Sizes, gamma: torch.dtype | None, centered: bool) -> Plan:
+    """Takes x, gamma, kept and u: u from x once more, as a forward that kept ``kept`` wrote it. gamma: the norm's dtype."""
+    # In the plan's key, as in `forward_plan`: its kernel is compiled for this dtype.
+    config, normalises = configs.aggregate(s), gamma is not None
+    norm = ("gamma", "rho") if normalises else ("x", "x")
+    meta = (s.n, s.c, normalises, centered, config.BM, config.BC, config.STAGES)
+    grid = (cdiv(s.t, config.BM), 1, 1)
+    step = Step(forward.aggregate_again_kernel, grid, ("x", "pre", *norm, "u"), (s.t,), meta, config.warps)
+    return Plan(("x", "gamma", "kept", "u"), [step], _kept(s, True, normalises))
+
+
 def _mix_pack_step(mix: Step, packing: Step) -> Step:
     programs = packing.grid[0]
     return Step(

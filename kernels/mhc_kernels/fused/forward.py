@@ -345,6 +345,34 @@ def aggregate_kernel(
 
 
 @triton.jit(do_not_specialize=["T"])
+def aggregate_again_kernel(
+    x_ptr, pre_ptr, gamma_ptr, rho_ptr, u_ptr, T,
+    N: tl.constexpr, C: tl.constexpr, NORM: tl.constexpr, CENTERED: tl.constexpr,
+    BM: tl.constexpr, BC: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """u [T, C] as `map_aggregate_kernel` has written it, bit for bit, from what it has kept: pre [T, N], and rho [T] if NORM.
+
+    Upwards, as `stream_backward_kernel`, which reads x before, goes down. rho is known: one pass over the row does for the norm.
+    """
+    rows = tl.program_id(0) * BM + tl.arange(0, BM)
+    exists = rows < T
+    at = tl.minimum(rows, T - 1).to(tl.int64)
+    pre = tiles.load_columns(pre_ptr + at * N, N)
+    EVEN: tl.constexpr = C % BC == 0
+    if NORM:
+        rho = tl.load(rho_ptr + at)[:, None]
+    for c in tl.range(0, C, BC, num_stages=STAGES):
+        columns = c + tl.arange(0, BC)
+        mask = (columns < C)[None, :]
+        x = tiles.load_streams(x_ptr + at[:, None] * (N * C) + columns[None, :], mask, N, C, EVEN)
+        u = tiles.weighted_sum(pre, x, N)
+        if NORM:
+            gamma = tiles.load_gamma(gamma_ptr, columns, C, CENTERED, EVEN)
+            u = u.to(u_ptr.dtype.element_ty).to(tl.float32) * rho * gamma  # it was stored before it was normalised
+        tiles.store(u_ptr + at[:, None] * C + columns[None, :], u, exists, mask, EVEN)
+
+
+@triton.jit(do_not_specialize=["T"])
 def sinkhorn_kernel(
     logits_ptr, res_ptr, T,
     N: tl.constexpr, P: tl.constexpr, ITERATIONS: tl.constexpr, EPS: tl.constexpr, BS: tl.constexpr,

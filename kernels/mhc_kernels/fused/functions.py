@@ -13,7 +13,7 @@ from mhc_kernels.fused import memory, single
 from mhc_kernels.fused.boundary import ForwardOptions as ForwardOptions
 from mhc_kernels.fused.boundary import forward_call as forward_call
 from mhc_kernels.fused.library import observed
-from mhc_kernels.recompute_block import RecomputePlace
+from mhc_kernels.recompute_block import RecomputePlace, saved_tensors_are_hooked
 
 
 class Settings(NamedTuple):
@@ -72,6 +72,8 @@ class Boundary(torch.autograd.Function):
     accumulate: add the gradients of phi, alpha and bias to their ``main_grad``, as Megatron's gradient accumulation
     fusion does in linear layers, and say so (``grad_added_to_main_grad``). call: what runs it past the dispatcher where
     nothing is listening there; None in a compiler.
+
+    The node's ``aggregated`` gives what u was computed from, for `recompute_input`; None: it can't.
     """
 
     @staticmethod
@@ -90,6 +92,7 @@ class Boundary(torch.autograd.Function):
         if recompute is not None and any(ctx.needs_input_grad):  # else there will be no node
             recompute.enter(ctx, x, out)
         ctx.recompute, ctx.unpacked, ctx.call = recompute, None, call
+        ctx.aggregated = None if call is None or saved_tensors_are_hooked() else _aggregated_by_boundary
         kept_x = x if recompute is None or recompute.is_first else None
         kept_out = out if recompute is None or recompute.is_last else None
         own_phi = phi if accumulate else None  # kept has its values
@@ -134,6 +137,17 @@ def _mix_again(context: Any, x: Tensor | None) -> Tensor:
     return single.mix(first if x is None else x, res, post, y, y_bias, seed, context.p)
 
 
+def _aggregated_by_boundary(context: Any) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Of a boundary's autograd node: the streams that u was aggregated from, what was kept of that, the norm's weight."""
+    _, _, _, _, _, _, out, kept, _, _, _, gamma = context.saved_tensors
+    return context.recompute.next().streams(_mix_again) if out is None else out, kept, gamma
+
+
+def _aggregated_by_connect(context: Any) -> tuple[Tensor, Tensor, Tensor | None]:
+    x, kept, _, _, _, gamma = context.saved_tensors
+    return x, kept, gamma
+
+
 class Connect(torch.autograd.Function):
     """``x -> (x, u, post, res)``: see `mhc_kernels.connect`. x is handed on so that its later gradient comes here, to
     be added once."""
@@ -151,6 +165,7 @@ class Connect(torch.autograd.Function):
         else:
             _, u, _, post, res, kept = call.run(x, None, None, None, None, None, phi, alpha, bias, gamma)
         ctx.call = call
+        ctx.aggregated = None if call is None or saved_tensors_are_hooked() else _aggregated_by_connect
         ctx.save_for_backward(x, kept, phi if accumulate else None, alpha, bias, gamma)
         ctx.settings, ctx.norm = settings, norm
         ctx.set_materialize_grads(False)

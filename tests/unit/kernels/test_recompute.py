@@ -20,7 +20,7 @@ T, C, LENGTH = 10, 32, 5
 
 
 class Chain:
-    """connect, LENGTH boundaries and a mix, ``tanh`` for the sublayers."""
+    """connect, LENGTH boundaries and a mix; ``sublayer`` between them."""
 
     def __init__(self, n: int = 4, dtype: torch.dtype = torch.bfloat16, dropout_p: float = 0.0, norm: bool = False):
         generator = torch.Generator().manual_seed(n)
@@ -35,6 +35,7 @@ class Chain:
         self.norm = RMSNorm(random(C, dtype=dtype), 1e-5) if norm else None
         self.dropout_p = dropout_p
         self.between: Callable[[Tensor], Tensor] = lambda x: x
+        self.sublayer: Callable[[Tensor], Tensor] = torch.tanh
 
     def run(self, block_length: int | None) -> Tensor:
         """The last streams; blocks of that many boundaries, or none."""
@@ -44,11 +45,11 @@ class Chain:
         more: dict[str, Any] = {"dropout_p": self.dropout_p, "backend": "triton"}
         each = {"norm": self.norm, "iterations": 2, **more}
         for own in self.own[1:]:
-            x, u, post, res = boundary(x, res, post, u.tanh(), self.bias, *own, recompute=place, **each)
+            x, u, post, res = boundary(x, res, post, self.sublayer(u), self.bias, *own, recompute=place, **each)
             x = self.between(x)
             self.block = None if place is None else place.block
             place = None if place is None else place.next()
-        return mix(x, res, post, u.tanh(), self.bias, recompute=place, **more)
+        return mix(x, res, post, self.sublayer(u), self.bias, recompute=place, **more)
 
     def step(self, block_length: int | None) -> list[Tensor]:
         """Output and all gradients."""
