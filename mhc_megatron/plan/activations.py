@@ -59,8 +59,9 @@ def _segments(run: Run, chunk: Chunk, layers: list[list[Operation]]) -> list[_Se
         if segments and own == group:
             segments[-1].operations.append(operation)
         else:
-            # What MoE and shared experts read is the norm's output, and counted there.
-            source = 0 if own in ("moe", "shared_experts") else operation.source
+            # What MoE and shared experts read is the norm's output, and counted there; with mHC's recompute nobody keeps it.
+            counted = own in ("moe", "shared_experts") or (operation.name == "norm" and operation.reads_again)
+            source = 0 if counted else operation.source
             segments.append(_Segment([operation], None if own is None else source))
         group = own
     return segments

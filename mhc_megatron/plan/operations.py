@@ -26,7 +26,8 @@ class Operation:
     forward, backward: further memory while it runs. weight: the gradient of its parameters before it reaches Megatron's
     buffers. carried: the gradient of the residual stream, alive all the while. modules: names of ``--recompute-modules``
     that it belongs to, the narrowest first. streams: of a sublayer (bytes, place in its block of ``--mhc-recompute``, the
-    block's length), at its boundary, and at the mix where its backward begins.
+    block's length), at its boundary, and at the mix where its backward begins. reads_again: whether mHC's recompute brings
+    back what its sublayer reads.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Operation:
     carried: float = 0
     modules: tuple[str, ...] = ()
     streams: tuple[float, int, int] | None = None
+    reads_again: bool = False
 
 
 def chunk_operations(run: Run, chunk: Chunk, block_length: int | None = None) -> list[list[Operation]]:
@@ -257,7 +259,7 @@ def _loss(run: Run) -> list[Operation]:
 
 
 def _recompute_streams(run: Run, layers: list[list[Operation]], block_length: int) -> list[list[Operation]]:
-    streams = stream_bytes(run)
+    streams, hidden = stream_bytes(run), hidden_bytes(run)
     sublayers = 2 * len(layers)
     result: list[list[Operation]] = []
     number = 0
@@ -273,6 +275,11 @@ def _recompute_streams(run: Run, layers: list[list[Operation]], block_length: in
                 else:
                     operation = replace(operation, streams=marked)
                     number += 1
+            else:  # what the sublayer reads is there while it runs, forward and backward, and not in between
+                forward, carried = operation.forward + hidden, operation.carried + hidden
+                operation = replace(operation, forward=forward, carried=carried, reads_again=True)
+                if operation.name == "norm":
+                    operation = replace(operation, saved=operation.saved - hidden)
             changed.append(operation)
         result.append(changed)
     return result

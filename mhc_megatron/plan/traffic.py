@@ -45,10 +45,11 @@ def kernel_traffic(run: Run, chunks: list[Chunk], block_length: int | None) -> K
     sublayers = 0
     for chunk in chunks:
         own = 2 * chunk.layers
-        again = own - -(-own // block_length) if block_length else 0
-        mixes = again * (2 * n + 1)  # streams that the backward computes again: one mix each
-        moved += own * (8 * n + 6 if n <= 4 else 11 * n + 6) + mixes
-        bound += own * (7 * n + 6) + mixes
+        again = 0
+        if block_length:  # the backward computes streams, one mix each, and what each sublayer reads
+            again = (own - -(-own // block_length)) * (2 * n + 1) + own * (n + 1)
+        moved += own * (8 * n + 6 if n <= 4 else 11 * n + 6) + again
+        bound += own * (7 * n + 6) + again
         sublayers += own
     if run.config.recompute_granularity == "full":  # the forward runs twice
         moved += sublayers * (3 * n + 2)
