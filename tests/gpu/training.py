@@ -55,6 +55,7 @@ def train(
     microbatches: int = 1,
     steps: int = STEPS,
     te: bool = True,
+    seed: int = 0,
 ) -> Run:
     """Steps of Megatron's Adam.
 
@@ -63,6 +64,7 @@ def train(
         mhc: None for a stock model.
         noise: relative, on every parameter at the start.
         te: Transformer Engine's modules, or Megatron's local ones.
+        seed: of the initialisation; the data are the same.
     """
     from megatron.core.models.gpt import GPTModel
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
@@ -70,8 +72,8 @@ def train(
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
     from megatron.core.transformer.module import Float16Module
 
-    model_parallel_cuda_manual_seed(0)
-    torch.manual_seed(0)
+    model_parallel_cuda_manual_seed(seed)
+    torch.manual_seed(seed)
     config = models.make_config(**{**COMMON, **settings})
     spec = get_gpt_decoder_block_spec(config, use_transformer_engine=te)
     if mhc is not None:
