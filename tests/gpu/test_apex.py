@@ -91,7 +91,13 @@ def _gradients(settings: dict[str, Any], te: bool, parts: torch.Tensor) -> tuple
 
 
 @pytest.mark.parametrize(("settings", "te"), KINDS)
-def test_fused_gradients(settings: dict[str, Any], te: bool, fused_products: Counter, one_process: None) -> None:
+def test_fused_gradients(
+    settings: dict[str, Any],
+    te: bool,
+    fused_products: Counter,
+    monkeypatch: pytest.MonkeyPatch,
+    one_process: None,
+) -> None:
     """main_grad after two microbatches, against the sum of what each gives without fusion.
 
     Fusion adds a weight's gradient up in float32; without it each microbatch's is rounded to bf16 first, which is all that
@@ -99,6 +105,8 @@ def test_fused_gradients(settings: dict[str, Any], te: bool, fused_products: Cou
     """
     from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 
+    # Else PyTorch may round parts of an unfused product's sum to bf16 as well.
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_bf16_reduced_precision_reduction", False)
     parts = text(1, SEQUENCE).view(MICROBATCHES, 1, -1)
     each = [_gradients({**settings, **PLAIN}, te, parts[k : k + 1])[0] for k in range(MICROBATCHES)]
     # Of Megatron itself from run to run; zero where all its kernels are deterministic.
@@ -128,13 +136,19 @@ def test_fused_gradients(settings: dict[str, Any], te: bool, fused_products: Cou
     assert worst["fused"] > 0, "no gradient differs at all: was it fused?"
 
 
+def _allowed(*moves: float) -> float:
+    """By how much a loss may move, relative: its own accuracy (logits are bf16), or twice the measured moves, each the largest
+    of one run and so a sample."""
+    return max(BF16, *(2 * move for move in moves))
+
+
 def _losses(settings: dict[str, Any], mhc: MHCConfig | None, te: bool, noise: float = 0.0) -> Run:
     return train(settings, mhc, SEQUENCE, noise=noise, microbatches=MICROBATCHES, te=te, ddp=FP32_GRADIENTS)
 
 
 @pytest.mark.parametrize(("settings", "te"), KINDS)
 def test_fusion_moves_the_loss_as_it_does_without_mhc(settings: dict[str, Any], te: bool, one_process: None) -> None:
-    """20 steps: by no more than twice what it does to the stock model, or than a rounding of every weight at the start.
+    """20 steps: not much more than the stock model's (`_allowed`), or than a rounding of every weight at the start does.
 
     The gradients' rounding is one of a step's size, not of a weight's, and 20 steps of 0.001 move a weight by its size (0.02).
     """
@@ -145,7 +159,7 @@ def test_fusion_moves_the_loss_as_it_does_without_mhc(settings: dict[str, Any], 
     print(f"\nfusion moves the loss by {ours:.1e} with mHC, {stock:.1e} without; rounded weights by {nudged:.1e}")
     print(f"losses {plain.losses[0]:.3f} -> {plain.losses[-1]:.3f}")
     assert plain.losses[-1] < 0.9 * plain.losses[0]
-    assert ours <= max(2 * stock, nudged)
+    assert ours <= _allowed(stock, nudged)
 
 
 @pytest.mark.parametrize(
@@ -211,7 +225,7 @@ def test_fused_norm_after_aggregation(
 
 
 def test_training_with_fused_norms(local_norm: Callable[[type], None], one_process: None) -> None:
-    """Apex's norms and PyTorch's: one function, so losses apart by less than a rounding of every weight moves them."""
+    """Apex's norms and PyTorch's are one function: they differ as a rounding of every weight does (`_allowed`)."""
     from megatron.core.fusions.fused_layer_norm import FusedLayerNorm
     from megatron.core.transformer.torch_norm import WrappedTorchNorm
 
@@ -227,7 +241,7 @@ def test_training_with_fused_norms(local_norm: Callable[[type], None], one_proce
     )
     assert apex.losses[-1] < 0.9 * apex.losses[0]
     assert distance[0] < BF16
-    assert max(distance) <= max(nudged)
+    assert max(distance) <= _allowed(max(nudged))
 
 
 @pytest.fixture(scope="module")
@@ -251,4 +265,4 @@ def test_all_of_apex_without_transformer_engine(distributed: bool, without_apex:
     print(f"\napex moves the loss by {max(ours):.1e}, first step {ours[0]:.1e}; rounded weights by {max(drift):.1e}")
     assert apex.losses[-1] < 0.9 * apex.losses[0]
     assert ours[0] < BF16
-    assert max(ours) <= max(drift)
+    assert max(ours) <= _allowed(max(drift))
