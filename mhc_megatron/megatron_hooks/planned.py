@@ -29,10 +29,10 @@ def plan_block_length(mhc_config: MHCConfig, config: Any, vocabulary: int, stage
 
 
 def _planned(args: Any, mhc_config: MHCConfig, config: Any, vocabulary: int, stage: int) -> PlannedLength:
-    flag = not_covered(args, activations=True)
-    if flag is not None:
-        return PlannedLength(None, (), f"the planner does not cover {flag}")
     try:
+        flag = not_covered(args, activations=True)
+        if flag is not None:
+            return PlannedLength(None, (), f"the planner does not cover {flag}")
         run = replace(Run.from_covered(args, config), mhc=mhc_config, vocabulary=vocabulary)
         # All stages on every rank: rank 0 tells of them all, and if the planner fails, it fails on all ranks.
         lengths = [choose_block_length(run, number) for number in range(run.stages)]
