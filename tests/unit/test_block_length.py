@@ -41,6 +41,11 @@ MOE = {**models.MOE, "moe_layer_freq": 1, "num_moe_experts": 8, "moe_router_topk
 RUNS = {
     "moe, a pipeline": make_run(24, 4, **MOE),
     "moe, interleaved": make_run(24, 2, virtual_pipeline_model_parallel_size=2, overlap_p2p_comm=True, **MOE),
+    # Where more than a balanced share of tokens makes the best length worse than the formula's.
+    "moe, a pipeline, logits": make_run(40, 4, MANY_TOKENS, **(MOE | {"moe_ffn_hidden_size": 16})),
+    "moe, recomputed": make_run(
+        8, 4, 2000, **(MOE | {"moe_ffn_hidden_size": 64}), recompute_granularity="selective", recompute_modules=["moe"]
+    ),
     "moe, wide experts": make_run(12, **(MOE | {"moe_ffn_hidden_size": 256})),
     "dense, logits": make_run(12, vocabulary=MANY_TOKENS, **models.DENSE),
     "dense, deep": make_run(40, 2, **models.DENSE),
@@ -108,9 +113,9 @@ def test_formula_where_nothing_is_gained() -> None:
 # Training.
 
 LAUNCH = """
---num-layers 12 --hidden-size 32 --num-attention-heads 4 --seq-length 16 --max-position-embeddings 16 --position-embedding-type rope
+--num-layers 12 --hidden-size 32 --num-attention-heads 4 --seq-length 16 --max-position-embeddings 16
 --micro-batch-size 2 --global-batch-size 16 --train-iters 2 --lr 1e-3 --tokenizer-type NullTokenizer --vocab-size 19999
---make-vocab-size-divisible-by 1 --normalization RMSNorm --mock-data --mhc-backend triton --mhc-sinkhorn-iterations 2
+--position-embedding-type rope --make-vocab-size-divisible-by 1 --normalization RMSNorm --mock-data --mhc-backend triton --mhc-sinkhorn-iterations 2
 --enable-mhc --mhc-recompute
 """.split()
 
