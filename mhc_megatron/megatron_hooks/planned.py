@@ -44,7 +44,10 @@ def _planned(args: Any, mhc_config: MHCConfig, config: Any, vocabulary: int, sta
 def _told(lengths: list[BlockLength]) -> str:
     """Of all stages in order: how long their blocks are, and what that saves."""
     where = f" in pipeline stages 0 to {len(lengths) - 1}" if len(lengths) > 1 else ""
-    blocks = f"blocks of {_each(of.length for of in lengths)} sublayers{where}"
+    taken = _each(
+        of.length if any(of.sublayers) else "-" for of in lengths
+    )  # an embedding or a loss alone has no blocks
+    blocks = f"blocks of {taken} sublayers{where}"
     if all(of.length == of.formula for of in lengths):
         return f"{blocks}, by the formula; the planner finds none that needs noticeably less"
     saved = _each(f"{of.saved / _GIB:.2f}" for of in lengths)

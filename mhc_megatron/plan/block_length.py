@@ -9,7 +9,7 @@ The plan may be wrong: routing is never balanced, and counts are within a per ce
 its place beside the formula's:
 
 - Wherever the peak may really be, it holds at most `WORST` times the streams that the formula's holds.
-- Its peak is not above the formula's where a rank's experts get `LOADS` times their share, in all layers.
+- Its peak is not above the formula's, by more than `MARGIN`, where a rank's experts get `LOADS` times their share, in all layers.
 - Of those within `MARGIN` of the lowest peak, the one that the formula likes best is taken: the formula's own where nothing is to
   be gained.
 

@@ -115,8 +115,8 @@ def test_formula_where_nothing_is_gained() -> None:
 LAUNCH = """
 --num-layers 12 --hidden-size 32 --num-attention-heads 4 --seq-length 16 --max-position-embeddings 16
 --micro-batch-size 2 --global-batch-size 16 --train-iters 2 --lr 1e-3 --tokenizer-type NullTokenizer --vocab-size 19999
---position-embedding-type rope --make-vocab-size-divisible-by 1 --normalization RMSNorm --mock-data --mhc-backend triton --mhc-sinkhorn-iterations 2
---enable-mhc --mhc-recompute
+--position-embedding-type rope --make-vocab-size-divisible-by 1 --normalization RMSNorm --mock-data
+--mhc-backend triton --mhc-sinkhorn-iterations 2 --enable-mhc --mhc-recompute
 """.split()
 
 
