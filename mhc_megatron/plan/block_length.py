@@ -85,18 +85,11 @@ def choose_block_length(run: Run, stage: int) -> BlockLength:
 
 def _peaks(run: Run, stage: int, order: list[Compute]) -> Callable[[int], float]:
     """The peak of the stage's activations by block length."""
-    chunks = run.chunks()[stage]
-    kinds = [
-        (
-            tuple(map(run.is_moe, range(chunk.first_layer, chunk.first_layer + chunk.layers))),
-            chunk.embedding,
-            chunk.loss,
-        )
-        for chunk in chunks
-    ]
-    alike = dict(
-        zip(kinds, chunks, strict=True)
-    )  # an interleaved schedule's chunks mostly are: each kind is walked once
+    kinds, alike = [], {}
+    for chunk in run.chunks()[stage]:
+        layers = range(chunk.first_layer, chunk.first_layer + chunk.layers)
+        kinds.append((tuple(map(run.is_moe, layers)), chunk.embedding, chunk.loss))
+        alike[kinds[-1]] = chunk  # an interleaved schedule's chunks mostly are: each kind is walked once
 
     def of(length: int) -> float:
         passes = {kind: chunk_pass(run, chunk, length) for kind, chunk in alike.items()}
