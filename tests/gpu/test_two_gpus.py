@@ -1,11 +1,17 @@
-"""Training on two GPUs through the launcher, with NCCL and Transformer Engine, under every layout two GPUs allow."""
+"""Training on two GPUs (or four) through the launcher, with NCCL and Transformer Engine, under every layout two GPUs allow.
+
+With MHC_SHARE_GPU=1 and fewer GPUs: a "node" a process, and they share one.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import os
 import re
 import socket
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -13,10 +19,11 @@ import torch
 
 from mhc_megatron.quickstart import data
 from mhc_megatron.quickstart.jobs import TRAIN_SCRIPT, megatron_arguments
+from tests.ranks import has_gpus, shared_gpu_environment
 
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA GPUs"),
+    pytest.mark.skipif(not has_gpus(2), reason="needs two CUDA GPUs (or MHC_SHARE_GPU=1)"),
 ]
 
 ITERATIONS = 6
@@ -34,17 +41,35 @@ LAYOUTS = {
     "pp2-vpp2-recompute": "--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1 "
     "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1",
 }
+ON_FOUR = {
+    "pp2-tp2-sp-split": LAYOUTS["pp2-split"] + " " + LAYOUTS["tp2-sp"],
+    "pp2-vpp2-ep2-split": LAYOUTS["pp2-vpp2-split"] + " " + LAYOUTS["ep2"],
+}
 
 
 def train(arguments: list[str], processes: int) -> dict[int, float]:
+    """The losses of a launched run, by iteration."""
+    shared = processes > torch.cuda.device_count()
+    nodes = processes if shared else 1
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    run = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}", f"--master-port={port}"]
-    run += ["-m", "mhc_megatron", "pretrain", str(TRAIN_SCRIPT), *arguments]
-    done = subprocess.run(run, capture_output=True, text=True, timeout=300)
-    output = done.stdout + done.stderr
-    assert done.returncode == 0, output[-3000:]
+    run = [sys.executable, "-m", "torch.distributed.run", f"--nnodes={nodes}", f"--nproc-per-node={processes // nodes}"]
+    run += ["--master-addr=127.0.0.1", f"--master-port={port}"]
+    job = ["-m", "mhc_megatron", "pretrain", str(TRAIN_SCRIPT), *arguments]
+    with contextlib.ExitStack() as stack:
+        logs = [stack.enter_context(tempfile.TemporaryFile("w+")) for _ in range(nodes)]
+        started = []
+        for node, log in enumerate(logs):
+            environment = os.environ | (shared_gpu_environment(node) if shared else {})
+            command = [*run, f"--node-rank={node}", *job]
+            started.append(subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, text=True, env=environment))
+            stack.callback(started[-1].kill)
+        codes = [process.wait(timeout=600) for process in started]
+        for log in logs:
+            log.seek(0)
+        output = "".join(log.read() for log in logs)
+    assert codes == [0] * nodes, output[-3000:]
     return {int(i): float(x) for i, x in re.findall(r"iteration\s+(\d+)/\s*\d+ \|.*\| lm loss: (\S+)", output)}
 
 
@@ -64,10 +89,13 @@ def one_gpu(arguments: list[str]) -> dict[int, float]:
     return train(arguments, 1)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", [*LAYOUTS, *ON_FOUR])
 def test_layout_equals_one_gpu(layout: str, arguments: list[str], one_gpu: dict[int, float]) -> None:
     """bf16: the first loss differs by rounding, later ones by what training makes of it."""
-    losses = train([*arguments, *LAYOUTS[layout].split()], 2)
+    processes = 4 if layout in ON_FOUR else 2
+    if not has_gpus(processes):
+        pytest.skip(f"needs {processes} CUDA GPUs (or MHC_SHARE_GPU=1)")
+    losses = train([*arguments, *{**LAYOUTS, **ON_FOUR}[layout].split()], processes)
     print(f"{layout}: {losses} against {one_gpu}")
     assert losses.keys() == one_gpu.keys() == set(range(1, ITERATIONS + 1))
     assert losses[1] == pytest.approx(one_gpu[1], rel=1e-3)
