@@ -58,8 +58,8 @@ class MHCConfig:
 
     recompute: bool = _option(
         False,
-        "keep the streams of one sublayer in a few and compute the others' again in the backward, by the mHC kernels alone "
-        "(paper section 4.3.2): the same bits, less memory; needs the Triton kernels",
+        "keep the streams of one sublayer in a few; compute the others' and what sublayers read again in the backward, by the "
+        "mHC kernels alone (paper section 4.3.2): the same bits, less memory; needs the Triton kernels",
     )
     recompute_sublayers: int = _option(
         0,

@@ -42,7 +42,7 @@ class _Refill:
             streams, kept, gamma = source.aggregated(source)
             storage.resize_(self.bytes)
             shape, strides, dtype = source.call.form_of_u
-            u = torch.empty(0, dtype=dtype, device=self.device).set_(storage, 0, shape, strides)  # type: ignore[call-overload]
+            u = torch.empty(0, dtype=dtype, device=self.device).set_(storage, 0, shape, strides)
             source.call.aggregate_again(streams, kept, gamma, u)
 
     @contextlib.contextmanager
@@ -72,15 +72,16 @@ def free_until_backward(u: Tensor, y: Tensor) -> bool:
 
     Returns:
         whether u was freed. It is not where nothing could bring it back or somebody else might want it: without gradients;
-        where y is u or a view of it; where u was changed in place (not through ``.data``, which PyTorch does not count); where hooks on saved tensors are active, as in a
-        non-reentrant activation checkpoint or with `torch.autograd.graph.save_on_cpu`; under a dispatch mode or torch.compile.
+        where y is u or a view of it; where u was changed in place (PyTorch does not count changes through ``.data``); where
+        hooks on saved tensors are active, here or where u was made, as in a non-reentrant activation checkpoint or with
+        `torch.autograd.graph.save_on_cpu`; under a dispatch mode or torch.compile.
 
     Raises:
         ValueError: if u is another result of `boundary` or `connect`.
     """
     if torch.compiler.is_compiling() or not torch.is_grad_enabled() or not y.requires_grad:
         return False
-    source = u.grad_fn
+    source: Any = u.grad_fn
     if getattr(source, "aggregated", None) is None or saved_tensors_are_hooked():
         return False
     if u.output_nr != 1:
@@ -90,6 +91,8 @@ def free_until_backward(u: Tensor, y: Tensor) -> bool:
         return False
     if u.shape != source.call.form_of_u.shape or storage.nbytes() != u.numel() * u.itemsize:  # it has got other data
         return False
-    y.register_hook(_Refill(source, u))
+    handle = y.register_hook(_Refill(source, u))
+    # The first of y's hooks: one of F's own may want u, to compute something of F again (Megatron's CheckpointWithoutOutput).
+    y._backward_hooks.move_to_end(handle.id, last=False)  # type: ignore[union-attr]
     storage.resize_(0)
     return True

@@ -84,6 +84,7 @@ def _build(
         dropout_p=dropout_p,
         accumulate=accumulate,
         norm=None if centered is None else (dtype, centered),
+        recompute=mhc_config.recompute,
         device=device,
     )
     norm = "" if centered is None else ", with the RMSNorm that follows"

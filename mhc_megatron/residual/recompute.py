@@ -51,7 +51,7 @@ def streams_held(sublayers: int, in_flight: int, length: int) -> int:
     """At most, with blocks of so many sublayers; in units of n*C values a token.
 
     ``in_flight * ceil(L / L_r)`` are kept, and one microbatch's backward holds up to L_r more. The paper (section 4.3.2) counts
-    n + 2 where this counts n for the latter: here the mappings and the sublayers' inputs are not computed again.
+    n + 2 where this counts n for the latter: here the mappings are kept, and of the sublayers' inputs one at a time is back.
     """
     return in_flight * math.ceil(sublayers / length) + length
 

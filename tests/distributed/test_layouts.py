@@ -7,8 +7,10 @@ process loads those and compares. So each case also reshards a checkpoint, both 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,10 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
+from mhc_kernels import free_until_backward
 from mhc_megatron import MHCConfig
+from mhc_megatron.residual import add
+from mhc_megatron.residual.input import HyperConnectionInput
 from tests import models
 from tests.ranks import run_ranks, single_process
 
@@ -51,6 +56,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
     "pp2-vpp2": (2, VPP2, {**INTERLEAVED, "deallocate_pipeline_outputs": True}),
     "pp2-vpp2-ends-apart": (2, VPP2, {**INTERLEAVED, **ENDS_APART, "deallocate_pipeline_outputs": True}),
     "dense-pp2-vpp2-mhc-recompute": (2, VPP2, {**INTERLEAVED, **MHC_RECOMPUTE, "deallocate_pipeline_outputs": True}),
+    "dense-tp2-sp-mhc-recompute": (2, TP2, {"sequence_parallel": True, **MHC_RECOMPUTE}),
     "pp2-wide": (2, PP2, WIDE),
     "pp2-vpp2-wide": (2, VPP2, {**INTERLEAVED, **WIDE, "deallocate_pipeline_outputs": True}),
     "pp2-split": (2, PP2, SPLIT),
@@ -84,7 +90,8 @@ def _train(folder: Path, settings: dict[str, Any], out: str) -> None:
         models.load(chunks, parameters)
     else:
         models.save(chunks, parameters)
-    losses = models.one_step(chunks, config)
+    with _inputs_freed(chunks if mhc.recompute else []):
+        losses = models.one_step(chunks, config)
     _check_replicas(chunks)
     models.gradients_into_parameters(chunks)
     models.save(chunks, folder / out)
@@ -93,6 +100,22 @@ def _train(folder: Path, settings: dict[str, Any], out: str) -> None:
         rank = parallel_state.get_data_parallel_rank()
         (folder / f"{out}.losses.{rank}").write_text(json.dumps(losses))
     dist.barrier()
+
+
+@contextlib.contextmanager
+def _inputs_freed(chunks: list[torch.nn.Module]) -> Iterator[None]:
+    """Check that --mhc-recompute frees what every sublayer of these chunks reads, in every microbatch."""
+    sublayers = sum(isinstance(module, HyperConnectionInput) for chunk in chunks for module in chunk.modules())
+    freed = []
+
+    def free(*tensors: torch.Tensor) -> bool:
+        freed.append(free_until_backward(*tensors))
+        return freed[-1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(add, "free_until_backward", free)
+        yield
+    assert freed == [True] * (sublayers * models.MICROBATCHES)
 
 
 def _check_replicas(chunks: list[torch.nn.Module]) -> None:

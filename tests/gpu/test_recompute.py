@@ -5,26 +5,55 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
+import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from mhc_megatron import MHCConfig
 
 pytestmark = pytest.mark.gpu
 pytest.importorskip("transformer_engine.pytorch", reason="needs Transformer Engine")
 
-from tests.gpu.training import QUICKSTART, train  # noqa: E402
+from mhc_kernels import free_until_backward  # noqa: E402
+from mhc_megatron.residual import add  # noqa: E402
+from tests import models  # noqa: E402
+from tests.gpu.training import QUICKSTART, build, text, train  # noqa: E402
+from tests.unit.kernels.test_recompute_input import size  # noqa: E402
 
 MHC = MHCConfig(init="paper")
 RECOMPUTE = dataclasses.replace(MHC, recompute=True)
 SELECTIVE = {"recompute_granularity": "selective", "recompute_modules": ["core_attn", "moe_act", "mla_up_proj"]}
+CHECKPOINTS = {"recompute_granularity": "selective", "recompute_modules": ["moe", "mlp"]}
+OVERLAP = {"moe_shared_expert_overlap": True}  # on a stream of its own
 
 
-@pytest.mark.parametrize("settings", [{}, SELECTIVE], ids=["", "with selective recompute"])
+@pytest.mark.parametrize(
+    "settings",
+    [{}, SELECTIVE, CHECKPOINTS, OVERLAP],
+    ids=["", "with selective recompute", "with checkpoints", "shared experts beside"],
+)
 def test_same_bits(settings: dict, one_process: None) -> None:
     """Losses of 20 steps, with gradients accumulated over two microbatches: equal to the last bit."""
     model = {**QUICKSTART, **settings}
     kept, again = (train(model, MHC, 512, microbatches=2).losses for _ in range(2))
     assert again == kept, "Transformer Engine itself differs from run to run: the comparison would say nothing"
     assert train(model, RECOMPUTE, 512, microbatches=2).losses == kept
+
+
+def test_inputs_are_free_between(one_process: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What Transformer Engine's modules saved of every sublayer's input has no memory until the backward."""
+    storages: list[StorageWeakRef] = []
+
+    def free(u: torch.Tensor, y: torch.Tensor) -> bool:
+        storages.append(StorageWeakRef(u.untyped_storage()))
+        assert free_until_backward(u, y)
+        return True
+
+    monkeypatch.setattr(add, "free_until_backward", free)
+    model = build(QUICKSTART, RECOMPUTE, 512)
+    loss = models.forward(model, text(1, 512)).float().mean()
+    assert [size(storage) for storage in storages] == [0] * 8
+    loss.backward()
+    assert [size(storage) for storage in storages] == [None] * 8
 
 
 def test_less_memory_and_none_left(one_process: None) -> None:
@@ -34,6 +63,7 @@ def test_less_memory_and_none_left(one_process: None) -> None:
     needs = [run.peak - run.allocated[-1] / 2**30 for run in (kept, recomputed)]
     print(f"\na step's memory: {needs[0] / streams:.2f}, {needs[1] / streams:.2f} times one sublayer's streams")
     print(f"bytes after each step {recomputed.allocated}")
-    # 8 sublayers, blocks of 2: four of eight streams are not kept, one or two of them at a time come back.
-    assert needs[0] - needs[1] > 2 * streams
+    # 8 sublayers, blocks of 2: four of eight streams are not kept, one or two of them at a time come back. Nor are eight inputs
+    # of a quarter of the size, of which one at a time comes back: 4 - 2 + (8 - 1) / 4.
+    assert needs[0] - needs[1] > 3.5 * streams
     assert len(set(recomputed.allocated[2:])) == 1  # the first step allocates the optimizer's state

@@ -77,7 +77,10 @@ def saved_bytes(loss: Tensor) -> int:
         ("dense", {"normalization": "LayerNorm"}),
         ("moe", {"recompute_granularity": "selective", "recompute_modules": ["moe"]}),
         # Stock Megatron's 'mlp' never comes back from a backward with biases.
-        ("dense", {"add_bias_linear": False, "recompute_granularity": "selective", "recompute_modules": ["mlp", "core_attn"]}),
+        (
+            "dense",
+            {"add_bias_linear": False, "recompute_granularity": "selective", "recompute_modules": ["mlp", "core_attn"]},
+        ),
     ],
     ids=str,
 )
@@ -88,7 +91,9 @@ def test_free_between_forward_and_backward(kind: str, settings: dict[str, Any], 
     assert asked.freed == [True] * SUBLAYERS
     assert asked.sizes == [0] * SUBLAYERS
     loss.backward()
-    if "moe" not in settings.get("recompute_modules", ()):  # Megatron's MoE layers, mHC or not, hold what their recompute read
+    if "moe" not in settings.get(
+        "recompute_modules", ()
+    ):  # Megatron's MoE layers, mHC or not, hold what their recompute read
         assert asked.sizes == [None] * SUBLAYERS  # `loss` still holds the graph's nodes
     ours = loss.item(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     assert_same_bits(ours, gradients(build({}, **settings)))

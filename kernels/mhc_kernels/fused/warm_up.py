@@ -9,6 +9,7 @@ import torch
 from mhc_kernels import ops
 from mhc_kernels.fused.launch import CompileTimes
 from mhc_kernels.norm import RMSNorm
+from mhc_kernels.recompute_input import free_until_backward
 
 
 def warm_up(
@@ -24,6 +25,7 @@ def warm_up(
     dropout_p: float = 0.0,
     accumulate: bool = False,
     norm: tuple[torch.dtype, bool] | None = None,
+    recompute: bool = False,
     device: torch.device | str = "cuda",
 ) -> tuple[int, float]:
     """Compile, or load from Triton's cache, what a chain of sublayers runs: forward and backward, the random state unchanged.
@@ -33,6 +35,7 @@ def warm_up(
         iterations, eps, profile, mode, accumulate: as in `mhc_kernels.connect`.
         output_bias, dropout_p: whether sublayers return a bias with their output, and the probability of dropout on it.
         norm: dtype of the weight of a RMSNorm fused into the aggregation, and whether it is zero-centered; None for none.
+        recompute: whether what sublayers read is computed again in the backward (`mhc_kernels.free_until_backward`).
         device: where.
 
     Returns:
@@ -63,8 +66,13 @@ def warm_up(
         for p in {0.0, dropout_p}:  # evaluation has none
             more: dict[str, Any] = {**settings, "accumulate": accumulate, "norm": following}
             streams_, u, post, res = ops.connect(x, *parameters, **more)
+            ends: tuple[torch.Tensor, ...] = (u,)
+            if recompute:
+                ends = (u.sin(),)  # which keeps u
+                free_until_backward(u, *ends)
             streams_, u2, post, res = ops.boundary(streams_, res, post, y, bias, *parameters, **more, dropout_p=p)
             out = ops.mix(streams_, res, post, y, bias, dropout_p=p, backend="triton")
             mean = ops.aggregate(out, torch.full_like(post, 1 / streams), backend="triton")
-            torch.autograd.backward((mean, u, u2), (mean, u, u2))
+            ends = (mean, *ends, u2)
+            torch.autograd.backward(ends, ends)
     return CompileTimes.kernels - kernels, CompileTimes.seconds - seconds

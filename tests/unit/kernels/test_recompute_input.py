@@ -134,6 +134,16 @@ def test_freed_when_the_sublayers_backward_is_done() -> None:
         assert sizes[LENGTH - k + 1 :] == [None] * k
 
 
+def test_there_for_hooks_of_the_sublayer_itself() -> None:
+    chain = Chain()
+    _, u, *_ = connect(chain.x, *chain.own[0], backend="triton")
+    y, expected, seen = u.sin(), u.detach().clone(), list[Tensor]()
+    y.register_hook(lambda gradient: seen.append(u.detach().clone()))
+    assert free_until_backward(u, y)
+    y.sum().backward()
+    assert torch.equal(seen[0], expected)
+
+
 def test_dropped_without_a_backward() -> None:
     chain = Chain()
     freeing = Freeing(chain)
