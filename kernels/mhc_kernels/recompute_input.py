@@ -91,8 +91,12 @@ def free_until_backward(u: Tensor, y: Tensor) -> bool:
         return False
     if u.shape != source.call.form_of_u.shape or storage.nbytes() != u.numel() * u.itemsize:  # it has got other data
         return False
-    handle = y.register_hook(_Refill(source, u))
-    # The first of y's hooks: one of F's own may want u, to compute something of F again (Megatron's CheckpointWithoutOutput).
-    y._backward_hooks.move_to_end(handle.id, last=False)  # type: ignore[union-attr]
+    hooks: Any = y._backward_hooks or {}
+    others = list(hooks)
+    y.register_hook(_Refill(source, u))
+    # It has to be the first of them: one of F's own may want u, to compute something of F again (Megatron's
+    # CheckpointWithoutOutput). PyTorch calls them in the order in which a plain dict would have them.
+    for other in others:
+        hooks[other] = hooks.pop(other)
     storage.resize_(0)
     return True

@@ -86,7 +86,7 @@ def test_the_bits_of_the_forward(n: int, dtype: torch.dtype) -> None:
         assert torch.equal(seen[0], bits(expected)), (t, c)
 
 
-@pytest.mark.parametrize("length", [None, 1, 3, 100])
+@pytest.mark.parametrize("length", [None, 3])
 def test_same_bits(length: int | None) -> None:
     """Streams kept, and computed again as well."""
     chain, kept = Chain(), Chain()
@@ -98,7 +98,7 @@ def test_same_bits(length: int | None) -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [{"n": 1}, {"n": 3, "dtype": torch.float32}, {"n": 5}, {"dropout_p": 0.3}, {"norm": True}],
+    [{"n": 1}, {"n": 3, "dtype": torch.float32}, {"n": 5}, {"dropout_p": 0.3, "norm": True}],
     ids=str,
 )
 def test_same_bits_of_every_kind(options: dict[str, Any]) -> None:
