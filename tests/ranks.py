@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import faulthandler
 import gc
+import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator
@@ -21,7 +22,21 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
 import mhc_megatron
 
-RANK_TIMEOUT = 120  # seconds; a rank that hangs prints its stack and fails the test
+# Several ranks on one GPU, over real NCCL: slow (they take turns), but all of the multi-GPU suite's results can be checked.
+SHARE_GPU = os.environ.get("MHC_SHARE_GPU") == "1"
+RANK_TIMEOUT = 300 if SHARE_GPU else 120  # seconds; a rank that hangs prints its stack and fails the test
+
+
+def has_gpus(count: int) -> bool:
+    """Whether ``count`` ranks can run: a GPU each, or on shared ones if MHC_SHARE_GPU=1 asks for that."""
+    found = torch.cuda.device_count()
+    return found >= count or (SHARE_GPU and found > 0)
+
+
+def shared_gpu_environment(rank: int) -> dict[str, str]:
+    """What a rank needs to share a GPU: NCCL refuses two ranks on one GPU of one host, so each has a host of its own, and
+    sockets between them."""
+    return {"NCCL_HOSTID": f"rank-{rank}", "NCCL_SOCKET_IFNAME": "lo", "NCCL_IB_DISABLE": "1"}
 
 
 @contextlib.contextmanager
@@ -60,7 +75,10 @@ def _rank_main(
     faulthandler.dump_traceback_later(RANK_TIMEOUT, exit=True, file=sys.stderr)
     torch.set_num_threads(1)
     if torch.cuda.is_available():
-        torch.cuda.set_device(rank)
+        devices = torch.cuda.device_count()
+        if world > devices and SHARE_GPU:
+            os.environ.update(shared_gpu_environment(rank))
+        torch.cuda.set_device(rank % devices if SHARE_GPU else rank)
     if hooked:
         mhc_megatron.enable()
     try:

@@ -185,8 +185,11 @@ def test_a_lost_peer_ends_the_run(how: str, tmp_path: Path, hooks: None) -> None
     assert "gloo" in message.lower() or "timed out" in message.lower(), message
 
 
-def sends_without_waiting(settings: dict[str, Any], comm: str, steps: int, folder: Path) -> None:
+def sends_without_waiting(
+    settings: dict[str, Any], comm: str, steps: int, folder: Path, sequence: int = models.SEQUENCE
+) -> None:
     """Whatever Megatron frees after a send is overwritten at once: the same bits as when nothing is freed."""
+    models.SEQUENCE = sequence
     (kept, kept_config), (freed, freed_config) = (
         chunks_of({**settings, "deallocate_pipeline_outputs": free}, comm, models.DENSE) for free in (False, True)
     )

@@ -1,36 +1,37 @@
-"""Pipeline transfers of streams over NCCL: as tests/distributed/test_pipeline.py, on two GPUs and with more steps."""
+"""Pipeline transfers of streams over NCCL: as tests/distributed/test_pipeline.py, with a GPU a rank (or MHC_SHARE_GPU=1) and
+more steps."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
-import torch
 
 from tests.distributed import test_pipeline as pipeline
-from tests.ranks import run_ranks
+from tests.ranks import has_gpus, run_ranks
 
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA GPUs"),
+    pytest.mark.skipif(not has_gpus(2), reason="needs two CUDA GPUs (or MHC_SHARE_GPU=1)"),
 ]
 
-LAYOUTS = [name for name, (processes, *_) in pipeline.LAYOUTS.items() if processes == 2]
 
-
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", pipeline.LAYOUTS)
 def test_many_steps(layout: str, tmp_path: Path, hooks: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    _, sizes, settings = pipeline.LAYOUTS[layout]
-    monkeypatch.setenv("MHC_PIPELINE_STEPS", "200")  # the ranks import anew
-    run_ranks(pipeline.many_steps, 2, tmp_path, sizes, settings={**sizes, **settings}, folder=tmp_path)
+    processes, sizes, settings = pipeline.LAYOUTS[layout]
+    if not has_gpus(processes):
+        pytest.skip(f"needs {processes} CUDA GPUs (or MHC_SHARE_GPU=1)")
+    monkeypatch.setenv("MHC_PIPELINE_STEPS", os.environ.get("MHC_PIPELINE_STEPS", "200"))  # the ranks import anew
+    run_ranks(pipeline.many_steps, processes, tmp_path, sizes, settings={**sizes, **settings}, folder=tmp_path)
 
 
 @pytest.mark.parametrize("comm", ["wide", "split"])
 def test_sends_survive_deallocation(comm: str, tmp_path: Path, hooks: None) -> None:
-    """Transfers large enough to be under way when Megatron frees what they send."""
+    """Transfers large enough (32 MiB) to be under way when Megatron frees what they send."""
     _, sizes, settings = pipeline.LAYOUTS["pp2-vpp2"]
-    settings = {**sizes, **settings, "hidden_size": 4096, "ffn_hidden_size": 64}
-    arguments = {"settings": settings, "comm": comm, "steps": 50, "folder": tmp_path}
+    settings = {**sizes, **settings, "hidden_size": 1024, "ffn_hidden_size": 64}
+    arguments = {"settings": settings, "comm": comm, "steps": 50, "folder": tmp_path, "sequence": 1024}
     run_ranks(pipeline.sends_without_waiting, 2, tmp_path, sizes, **arguments)
 
 

@@ -1,11 +1,17 @@
-"""Training on two GPUs through the launcher, with NCCL and Transformer Engine, under every layout two GPUs allow."""
+"""Training on two GPUs through the launcher, with NCCL and Transformer Engine, under every layout two GPUs allow.
+
+With MHC_SHARE_GPU=1 and one GPU: on two "nodes" that share it.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import os
 import re
 import socket
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -13,10 +19,11 @@ import torch
 
 from mhc_megatron.quickstart import data
 from mhc_megatron.quickstart.jobs import TRAIN_SCRIPT, megatron_arguments
+from tests.ranks import has_gpus, shared_gpu_environment
 
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA GPUs"),
+    pytest.mark.skipif(not has_gpus(2), reason="needs two CUDA GPUs (or MHC_SHARE_GPU=1)"),
 ]
 
 ITERATIONS = 6
@@ -37,14 +44,28 @@ LAYOUTS = {
 
 
 def train(arguments: list[str], processes: int) -> dict[int, float]:
+    """The losses of a launched run, by iteration."""
+    shared = processes > torch.cuda.device_count()
+    nodes = processes if shared else 1
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    run = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}", f"--master-port={port}"]
-    run += ["-m", "mhc_megatron", "pretrain", str(TRAIN_SCRIPT), *arguments]
-    done = subprocess.run(run, capture_output=True, text=True, timeout=300)
-    output = done.stdout + done.stderr
-    assert done.returncode == 0, output[-3000:]
+    run = [sys.executable, "-m", "torch.distributed.run", f"--nnodes={nodes}", f"--nproc-per-node={processes // nodes}"]
+    run += ["--master-addr=127.0.0.1", f"--master-port={port}"]
+    job = ["-m", "mhc_megatron", "pretrain", str(TRAIN_SCRIPT), *arguments]
+    with contextlib.ExitStack() as stack:
+        logs = [stack.enter_context(tempfile.TemporaryFile("w+")) for _ in range(nodes)]
+        started = []
+        for node, log in enumerate(logs):
+            environment = os.environ | (shared_gpu_environment(node) if shared else {})
+            command = [*run, f"--node-rank={node}", *job]
+            started.append(subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, text=True, env=environment))
+            stack.callback(started[-1].kill)
+        codes = [process.wait(timeout=300) for process in started]
+        for log in logs:
+            log.seek(0)
+        output = "".join(log.read() for log in logs)
+    assert codes == [0] * nodes, output[-3000:]
     return {int(i): float(x) for i, x in re.findall(r"iteration\s+(\d+)/\s*\d+ \|.*\| lm loss: (\S+)", output)}
 
 
