@@ -28,7 +28,7 @@ def test_page() -> None:
     )
     page = done.stdout
     assert done.returncode == 0, page + done.stderr
-    for section in ("Versions", "Machine", "Kernels", "Communication", "Hooks", "Result"):
+    for section in ("Versions", "Machine", "Kernels", "Communication", "Data", "Hooks", "Result"):
         assert f"\n## {section}\n" in page
     for package in ("python", "torch", "triton", "transformer-engine", "apex", "megatron-core", "mhc-megatron"):
         assert f"\n- {package}: " in page
