@@ -51,7 +51,12 @@ def examine() -> list[Finding]:
     """Everything on the page. A check that raises is a finding, too."""
     found = [Finding("Versions", name, text) for name, text in machine.versions().items()]
     found += [Finding("Machine", name, text) for name, text in machine.hardware().items()]
-    for section, check in (("Kernels", _kernels), ("Communication", _communication), ("Data", _data), ("Hooks", _hooks)):
+    for section, check in (
+        ("Kernels", _kernels),
+        ("Communication", _communication),
+        ("Data", _data),
+        ("Hooks", _hooks),
+    ):
         try:
             found += check()
         except Exception as error:

@@ -6,6 +6,7 @@ import importlib.metadata
 import importlib.util
 import shutil
 import subprocess
+import sysconfig
 from pathlib import Path
 
 
@@ -28,18 +29,31 @@ def is_installed_package() -> bool:
 
 
 def dataset_helpers() -> tuple[str, bool]:
-    """What datasets need: the compiled ``helpers_cpp``. The wheel has it; a checkout makes it when training starts."""
+    """What datasets need: the compiled ``helpers_cpp``. The wheel has it; a checkout runs make for it when training starts."""
     from megatron.core import datasets
 
-    if importlib.util.find_spec("megatron.core.datasets.helpers_cpp") is not None:
+    compiled = importlib.util.find_spec("megatron.core.datasets.helpers_cpp") is not None
+    folder = Path(datasets.__path__[0])
+    if not (folder / "Makefile").is_file():
+        return ("compiled", True) if compiled else ("not compiled: install megatron-core again", False)
+    # What the Makefile asks for: programs on PATH, which may belong to another Python than this one.
+    suffix, ours = _run(folder, "python3-config", "--extension-suffix"), sysconfig.get_config_var("EXT_SUFFIX")
+    if compiled and suffix == ours:
         return "compiled", True
-    if not (Path(datasets.__path__[0]) / "Makefile").is_file():
-        return "neither compiled nor a Makefile to compile it: install megatron-core again", False
-    missing = [name for name in ("make", "g++", "python3-config") if shutil.which(name) is None]
-    try:  # As the Makefile asks: the python3 on PATH, not the one that runs.
-        subprocess.run(["python3", "-m", "pybind11", "--includes"], capture_output=True, check=True)
-    except (OSError, subprocess.SubprocessError):
-        missing.append("pybind11 (for the python3 on PATH)")
+    missing = [name for name in ("make", "g++") if shutil.which(name) is None]
+    if suffix != ours:
+        found = f"that on PATH makes {suffix} files" if suffix else "there is none on PATH"
+        missing.append(f"a python3-config of this Python ({found})")
+    if not _run(folder, "python3", "-m", "pybind11", "--includes"):
+        missing.append("pybind11 for the python3 on PATH")
     if missing:
-        return f"not compiled, and make at the start of training will fail: missing {', '.join(missing)}", False
-    return "not compiled yet: make does it at the start of training", True
+        return f"make, which Megatron runs when training starts, will fail; it needs {', '.join(missing)}", False
+    return "not compiled yet: Megatron runs make when training starts", True
+
+
+def _run(folder: Path, *command: str) -> str:
+    """What it prints; nothing if it fails."""
+    try:
+        return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return ""
