@@ -28,8 +28,9 @@ def add_parser(commands: Any) -> None:
     parser = commands.add_parser(
         "doctor",
         help="check this installation and print a page for a bug report",
-        description="Versions, GPUs, the kernels against the float64 reference, communication between processes, what datasets need "
-        "and which hooks apply on this Megatron: the one in the current folder (a Megatron-LM checkout), if there is one. Prints no host name, path or user name. Exit status 1 if something is broken.",
+        description="Versions, GPUs, the kernels against the float64 reference, communication between processes, what datasets "
+        "need, and which hooks apply on this Megatron: the one in the current folder (a Megatron-LM checkout) if there is one. "
+        "Prints no host name, path or user name. Exit status 1 if something is broken.",
     )
     parser.add_argument("--json", action="store_true", help="as JSON")
 

@@ -44,7 +44,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module", params=["checkout", "wheel's core"])
 def script(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """pretrain_gpt.py in its checkout; and beside the checkout's megatron.training alone, so that megatron.core is the wheel's."""
+    """pretrain_gpt.py in its checkout; and beside megatron.training alone, so that megatron.core is the wheel's."""
     if request.param == "checkout":
         return CHECKOUT / "pretrain_gpt.py"
     return scripts(tmp_path_factory.mktemp("scripts"), "training") / "pretrain_gpt.py"
