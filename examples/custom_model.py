@@ -37,7 +37,6 @@ def main() -> None:
         num_layers=4,
         hidden_size=128,
         num_attention_heads=4,
-        normalization="RMSNorm",
         add_bias_linear=False,
         num_moe_experts=4,
         moe_router_topk=2,

@@ -62,7 +62,9 @@ class MHCConfig:
         "(paper section 4.3.2): the same bits, less memory; needs the Triton kernels",
     )
     recompute_sublayers: int = _option(
-        0, "sublayers (two a layer) that share one kept set of streams under recompute; 0: what needs the least memory"
+        0,
+        "sublayers (two a layer) that share one kept set of streams under recompute; 0: what the planner finds to need the least "
+        "memory on each pipeline stage, or the paper's formula where it can't know",
     )
     pipeline_comm: str = _option(
         "auto",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer import MLATransformerConfig, TransformerConfig
+from megatron.core.transformer.torch_norm import WrappedTorchNorm
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
 from mhc_megatron import MHCConfig, to_mhc_spec
 
@@ -66,9 +69,17 @@ def make_config(**overrides: Any) -> TransformerConfig:
     return cls(**settings)
 
 
+def block_spec(config: TransformerConfig, te: bool, vp_stage: int | None = None) -> TransformerBlockSubmodules:
+    """Megatron's block spec, of Transformer Engine's modules or of its local ones."""
+    # For a local RMSNorm 0.19.2 names apex's LayerNorm where apex is installed: in the block, and in layers not told of it.
+    local_norm = None if te else config.normalization
+    spec = get_gpt_decoder_block_spec(config, use_transformer_engine=te, normalization=local_norm, vp_stage=vp_stage)
+    return dataclasses.replace(spec, layer_norm=WrappedTorchNorm) if local_norm == "RMSNorm" else spec
+
+
 def build(config: TransformerConfig, mhc: MHCConfig | None, vp_stage: int | None = None, te: bool = False) -> GPTModel:
     """This rank's GPTModel (chunk ``vp_stage``), its spec converted unless mhc is None."""
-    spec = get_gpt_decoder_block_spec(config, use_transformer_engine=te, vp_stage=vp_stage)
+    spec = block_spec(config, te, vp_stage)
     if mhc is not None:
         spec = to_mhc_spec(spec, mhc)
     return GPTModel(
@@ -97,8 +108,10 @@ def forward(model: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor:
     return model(ids, positions, mask, labels=ids.roll(-1, 1))
 
 
-def wrap(model: torch.nn.Module, config: TransformerConfig) -> DistributedDataParallel:
-    ddp_config = DistributedDataParallelConfig(use_distributed_optimizer=False, overlap_grad_reduce=False)
+def wrap(model: torch.nn.Module, config: TransformerConfig, **settings: Any) -> DistributedDataParallel:
+    ddp_config = DistributedDataParallelConfig(
+        **{"use_distributed_optimizer": False, "overlap_grad_reduce": False, **settings}
+    )
     return DistributedDataParallel(config, ddp_config, model)
 
 

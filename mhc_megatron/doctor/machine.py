@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import importlib.metadata
-import importlib.util
 import os
 import platform
 import subprocess
 import sys
+
+from mhc_megatron.doctor.apex import apex
 
 _PACKAGES = ("torch", "triton", "transformer-engine", "flash-attn", "apex", "numpy", "megatron-core", "mhc-megatron")
 # Switches that change what is computed or how GPUs talk to each other.
@@ -30,8 +31,7 @@ def versions() -> dict[str, str]:
 
     found = {"python": sys.version.split()[0]}
     found |= {name: _version(name) for name in _PACKAGES}
-    if found["apex"] != "not installed" and importlib.util.find_spec("amp_C") is None:
-        found["apex"] += " (not NVIDIA's, or without its extensions)"
+    found["apex"] = apex()
     if found["mhc-megatron"] == "not installed":
         from mhc_megatron import __version__
 

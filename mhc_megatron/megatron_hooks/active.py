@@ -1,12 +1,14 @@
-"""The settings that the command line switched on, for the hooks that act on them; and what rank 0 is told."""
+"""The command line's settings, for the hooks that act on them; and what rank 0 is told."""
 
 from __future__ import annotations
 
 import os
+from typing import Any
 
 from mhc_megatron.config import MHCConfig
 
 _config: MHCConfig | None = None
+_args: Any = None
 
 
 def get_config() -> MHCConfig | None:
@@ -14,10 +16,15 @@ def get_config() -> MHCConfig | None:
     return _config
 
 
-def set_config(config: MHCConfig | None) -> None:
+def get_args() -> Any:
+    """Megatron's arguments, validated, with or without ``--enable-mhc``; None if there are none."""
+    return _args
+
+
+def set_config(config: MHCConfig | None, args: Any = None) -> None:
     """Called by the arguments hook once the arguments are checked."""
-    global _config
-    _config = config
+    global _config, _args
+    _config, _args = config, args
 
 
 def print_rank_0(message: str) -> None:

@@ -59,7 +59,7 @@ def _validate_args(original: Callable[..., Any]) -> Callable[..., Any]:
         result = original(args, *rest, **kwargs)
         check_args(args)  # again, with what Megatron filled in
         _check_checkpoint(args)
-        set_config(config)
+        set_config(config, args)
         if config is not None:
             print_rank_0(
                 f"mode {config.mode}, {config.num_streams} streams, {config.sinkhorn_iterations} Sinkhorn iterations, "

@@ -8,9 +8,11 @@ from dataclasses import asdict
 from typing import Any
 
 from mhc_megatron.plan.advice import changes, fitting
+from mhc_megatron.plan.block_length import choose_block_length
 from mhc_megatron.plan.gpus import Gpu
-from mhc_megatron.plan.memory import WORKSPACES, best_block_length, run_order, stage_memory, variant
+from mhc_megatron.plan.memory import WORKSPACES, stage_memory, variant
 from mhc_megatron.plan.parameters import active_count, model_count
+from mhc_megatron.plan.peak import run_order
 from mhc_megatron.plan.run import Run
 from mhc_megatron.plan.schedule import Schedule, exchange, step_times
 from mhc_megatron.plan.traffic import boundary_bytes, chunk_seconds, kernel_traffic
@@ -134,7 +136,7 @@ def _stage(run: Run, stage: int, gpu: Gpu, utilization: float) -> dict[str, Any]
             "replaced_seconds": replaced,
         }
     full = run.config.recompute_granularity == "full"
-    best = None if full else best_block_length(variant(run, "recompute"), stage)
+    automatic = None if full else choose_block_length(variant(run, "recompute"), stage)
     seconds = [chunk_seconds(run, chunk, gpu, utilization) for chunk in chunks]
     return {
         "stage": stage,
@@ -146,6 +148,6 @@ def _stage(run: Run, stage: int, gpu: Gpu, utilization: float) -> dict[str, Any]
         "buffers": memory.buffers,
         "in_flight": memory.in_flight,
         "compute_seconds": sum(forward + backward for forward, backward, _ in seconds),
-        "best_block_length": None if best is None else {"length": best[0], "activations": best[1]},
+        "automatic_block_length": None if automatic is None else asdict(automatic),
         "modes": modes,
     }

@@ -61,7 +61,17 @@ class Run:
         Raises:
             ValueError: naming the flag, for what the planner does not cover.
         """
-        _check_covered(args)
+        flag = not_covered(args)
+        if flag is not None:
+            raise ValueError(
+                f"plan: {flag} is not covered: the planner counts what Transformer Engine modules in bf16, fp16 or fp32 "
+                "and Adam keep; leave it out to plan without it"
+            )
+        return cls.from_covered(args, config)
+
+    @classmethod
+    def from_covered(cls, args: argparse.Namespace, config: Any) -> Run:
+        """The same without a look at what is covered (`not_covered`)."""
         learned = args.position_embedding_type == "learned_absolute"
         precision_aware = args.use_precision_aware_optimizer
         return cls(
@@ -166,8 +176,12 @@ def _cut(config: Any, stage: int, number: int) -> tuple[int, bool, bool]:
     return layers, embedding, loss
 
 
-def _check_covered(args: argparse.Namespace) -> None:
-    refused = {
+def not_covered(args: argparse.Namespace, activations: bool = False) -> str | None:
+    """The first flag, with its value, that the planner does not count; None if there is none.
+
+    activations: look at what these depend on alone, not at the optimizer's state.
+    """
+    flags = {
         "--transformer-impl": args.transformer_impl != "transformer_engine" and args.transformer_impl,
         "--fp8-format": args.fp8,
         "--fp4-format": args.fp4,
@@ -175,12 +189,8 @@ def _check_covered(args: argparse.Namespace) -> None:
         "--hybrid-layer-pattern": getattr(args, "hybrid_layer_pattern", None),
         "--use-megatron-fsdp": args.use_megatron_fsdp,
         "--cpu-offloading-num-layers": args.cpu_offloading_num_layers,
-        "--optimizer-cpu-offload": args.optimizer_cpu_offload,
-        "--optimizer": args.optimizer != "adam" and args.optimizer,
     }
-    for flag, value in refused.items():
-        if value:
-            raise ValueError(
-                f"plan: {flag} {value} is not covered: the planner counts what Transformer Engine modules in bf16, fp16 or fp32 "
-                "and Adam keep; leave it out to plan without it"
-            )
+    if not activations:
+        flags["--optimizer-cpu-offload"] = args.optimizer_cpu_offload
+        flags["--optimizer"] = args.optimizer != "adam" and args.optimizer
+    return next((f"{flag} {value}" for flag, value in flags.items() if value), None)

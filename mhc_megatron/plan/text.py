@@ -43,11 +43,11 @@ def _memory(plan: dict[str, Any]) -> list[str]:
             + _columns((10, residual["total"]), (6, mhc["total"]), (9, recompute["total"]))
         )
     for stage in plan["stages"]:
-        best, chosen = stage["best_block_length"], stage["modes"]["recompute"]
-        if best is not None and best["length"] != chosen["block_length"]:
+        automatic, chosen = stage["automatic_block_length"], stage["modes"]["recompute"]
+        if automatic is not None and automatic["length"] != chosen["block_length"]:
             lines.append(
-                f"stage {stage['stage']}: --mhc-recompute-sublayers {best['length']} would take "
-                f"{(chosen['activations'] - best['activations']) / GIB:.2f} GiB less than {chosen['block_length']}"
+                f"stage {stage['stage']}: without --mhc-recompute-sublayers {automatic['length']} would be chosen; "
+                f"{chosen['block_length']} takes {(chosen['activations'] - automatic['activations']) / GIB:+.2f} GiB"
             )
     return lines
 

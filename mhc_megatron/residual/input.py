@@ -17,7 +17,7 @@ from mhc_megatron.residual.chain import ChainLength, take
 from mhc_megatron.residual.hyper_connection import HyperConnection
 from mhc_megatron.residual.norm_wrapper import NormBuilder, NormWrapper
 from mhc_megatron.residual.plain_norm import plain_rms_norm, wait_for_weight
-from mhc_megatron.residual.recompute import block_length, recomputes
+from mhc_megatron.residual.recompute import block_length, planned_length, recomputes
 from mhc_megatron.residual.streams import Residual
 
 
@@ -44,7 +44,7 @@ class HyperConnectionInput(NormWrapper):
         self._block_length: int | None = None
         triton = check_backend(mhc_config, config, hidden_size, plain_rms_norm(self.norm))
         self._microbatch_group = getattr(config, "microbatch_group_size_per_vp_stage", None)
-        self._recomputes = recomputes(mhc_config, config, triton)
+        self._recomputes, self._planned_length = recomputes(mhc_config, config, triton), planned_length(config)
         self._pipeline, self._departs = share_pipeline(config, mhc_config), False
 
     def forward(self, hidden: Tensor) -> tuple[Tensor, Residual]:
@@ -72,7 +72,7 @@ class HyperConnectionInput(NormWrapper):
             return None
         if self._block_length is None:
             self._block_length = block_length(
-                self.hyper_connection.mhc_config, self._chain.sublayers, self._microbatch_group
+                self.hyper_connection.mhc_config, self._chain.sublayers, self._microbatch_group, self._planned_length
             )
         return recompute(self._block_length)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import socket
 import subprocess
@@ -12,6 +13,9 @@ from typing import Any
 import pytest
 
 from mhc_megatron.cpu import MEGATRON_ARGUMENTS
+from mhc_megatron.dry_run import parse
+from mhc_megatron.plan.block_length import choose_block_length
+from mhc_megatron.plan.run import Run
 from mhc_megatron.quickstart import data
 from mhc_megatron.quickstart.jobs import TRAIN_SCRIPT, Job
 
@@ -215,3 +219,52 @@ def test_overlapped_parameter_gather(folder: Path) -> None:
     plain = train(folder, *bf16, processes=2)
     overlapped = train(folder, *bf16, "--overlap-grad-reduce", "--overlap-param-gather", processes=2)
     close(overlapped, plain, 1e-6)
+
+
+def test_recompute_takes_the_planners_block_length(folder: Path, hooks: None) -> None:
+    """On each pipeline stage; rank 0 tells of both.
+
+    The arguments say Transformer Engine, which the planner counts; the script builds local modules, which run here.
+    """
+    script, text = folder / "local_modules.py", TRAIN_SCRIPT.read_text()
+    for old, new in {
+        'get_args().transformer_impl == "transformer_engine"': "False",
+        "gpt_config_from_args(args))": "local(gpt_config_from_args(args)))",
+        'if __name__ == "__main__":': """
+from mhc_megatron.residual import input as residual_input
+
+block = residual_input.recompute
+
+def told(length):
+    print(f"stage {parallel_state.get_pipeline_model_parallel_rank()}: block of {length}", flush=True)
+    return block(length)
+
+def local(config):
+    config.transformer.transformer_impl = "local"
+    return config
+
+if __name__ == "__main__":
+    residual_input.recompute = told""",
+    }.items():
+        assert text.count(old) == 1
+        text = text.replace(old, new)
+    script.write_text(text)
+    further = """
+    --pipeline-model-parallel-size 2 --seq-length 8 --micro-batch-size 1 --global-batch-size 2 --train-iters 1 --eval-iters 0
+    --vocab-size 4096 --transformer-impl transformer_engine
+    --enable-mhc --mhc-recompute --mhc-backend triton --mhc-sinkhorn-iterations 2 --mhc-monitor-interval 0
+    """.split()
+    run = Run.from_arguments(*parse([*arguments(folder), *further], 2))
+    expected = [choose_block_length(run, stage) for stage in range(2)]
+    assert any(stage.length != stage.formula for stage in expected), "the formula would pass as well"
+
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    job = command(folder, *further, processes=2, script=script)
+    done = subprocess.run(job, capture_output=True, text=True, timeout=300, env=environment)
+    assert done.returncode == 0, done.stderr[-4000:]
+    taken = re.findall(r"stage (\d): block of (\d+)", done.stdout)
+    assert set(taken) == {(str(number), str(stage.length)) for number, stage in enumerate(expected)}
+    lengths = " | ".join(dict.fromkeys(str(stage.length) for stage in expected))
+    said = re.findall("mHC: recompute: (.*)", done.stdout + done.stderr)
+    assert len(said) == 1
+    assert said[0].startswith(f"blocks of {lengths} sublayers in pipeline stages 0 to 1, by the planner's count ")

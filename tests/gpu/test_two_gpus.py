@@ -1,6 +1,6 @@
-"""Training on two GPUs through the launcher, with NCCL and Transformer Engine, under every layout two GPUs allow.
+"""Training on two GPUs (or four) through the launcher, with NCCL and Transformer Engine, under every layout two GPUs allow.
 
-With MHC_SHARE_GPU=1 and one GPU: on two "nodes" that share it.
+With MHC_SHARE_GPU=1 and fewer GPUs: a "node" a process, and they share one.
 """
 
 from __future__ import annotations
@@ -41,10 +41,14 @@ LAYOUTS = {
     "pp2-vpp2-recompute": "--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1 "
     "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1",
 }
+ON_FOUR = {
+    "pp2-tp2-sp-split": LAYOUTS["pp2-split"] + " " + LAYOUTS["tp2-sp"],
+    "pp2-vpp2-ep2-split": LAYOUTS["pp2-vpp2-split"] + " " + LAYOUTS["ep2"],
+}
 
 
-def train(arguments: list[str], processes: int) -> dict[int, float]:
-    """The losses of a launched run, by iteration."""
+def train(arguments: list[str], processes: int, *, launcher: bool = True) -> dict[int, float]:
+    """The losses of a run, by iteration: of the training script under the launcher, or alone."""
     shared = processes > torch.cuda.device_count()
     nodes = processes if shared else 1
     with socket.socket() as probe:
@@ -52,7 +56,7 @@ def train(arguments: list[str], processes: int) -> dict[int, float]:
         port = probe.getsockname()[1]
     run = [sys.executable, "-m", "torch.distributed.run", f"--nnodes={nodes}", f"--nproc-per-node={processes // nodes}"]
     run += ["--master-addr=127.0.0.1", f"--master-port={port}"]
-    job = ["-m", "mhc_megatron", "pretrain", str(TRAIN_SCRIPT), *arguments]
+    job = [*(["-m", "mhc_megatron", "pretrain"] if launcher else []), str(TRAIN_SCRIPT), *arguments]
     with contextlib.ExitStack() as stack:
         logs = [stack.enter_context(tempfile.TemporaryFile("w+")) for _ in range(nodes)]
         started = []
@@ -61,7 +65,7 @@ def train(arguments: list[str], processes: int) -> dict[int, float]:
             command = [*run, f"--node-rank={node}", *job]
             started.append(subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, text=True, env=environment))
             stack.callback(started[-1].kill)
-        codes = [process.wait(timeout=300) for process in started]
+        codes = [process.wait(timeout=600) for process in started]
         for log in logs:
             log.seek(0)
         output = "".join(log.read() for log in logs)
@@ -85,10 +89,13 @@ def one_gpu(arguments: list[str]) -> dict[int, float]:
     return train(arguments, 1)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", [*LAYOUTS, *ON_FOUR])
 def test_layout_equals_one_gpu(layout: str, arguments: list[str], one_gpu: dict[int, float]) -> None:
     """bf16: the first loss differs by rounding, later ones by what training makes of it."""
-    losses = train([*arguments, *LAYOUTS[layout].split()], 2)
+    processes = 4 if layout in ON_FOUR else 2
+    if not has_gpus(processes):
+        pytest.skip(f"needs {processes} CUDA GPUs (or MHC_SHARE_GPU=1)")
+    losses = train([*arguments, *{**LAYOUTS, **ON_FOUR}[layout].split()], processes)
     print(f"{layout}: {losses} against {one_gpu}")
     assert losses.keys() == one_gpu.keys() == set(range(1, ITERATIONS + 1))
     assert losses[1] == pytest.approx(one_gpu[1], rel=1e-3)

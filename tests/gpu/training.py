@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import sysconfig
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from megatron.core.distributed import DistributedDataParallel
 
 from mhc_megatron import MHCConfig, to_mhc_spec
 from mhc_megatron.residual.hyper_connection import HyperConnection
@@ -23,6 +25,7 @@ COMMON: dict[str, Any] = {
 }
 SMALL = {"num_layers": 4, "hidden_size": 128, "ffn_hidden_size": 256, "moe_ffn_hidden_size": 128}
 QUICKSTART = {**models.MODELS["mla"], **SMALL}
+LOCAL = {**models.MODELS["moe"], **SMALL, "moe_grouped_gemm": False}  # 0.19.2 can't build its local MLA on a GPU
 
 
 def text(steps: int, sequence: int) -> torch.Tensor:
@@ -46,6 +49,49 @@ class Run(NamedTuple):
         return [abs(a - b) / b for a, b in zip(self.losses, other.losses, strict=True)]
 
 
+def build(
+    settings: dict[str, Any],
+    mhc: MHCConfig | None,
+    sequence: int,
+    te: bool = True,
+    noise: float = 0.0,
+    ddp: dict[str, Any] | None = None,
+    seed: int = 0,
+) -> DistributedDataParallel:
+    """A bf16 model in Megatron's DDP; a seed's weights are the same every time. Arguments as in `train`."""
+    from megatron.core.models.gpt import GPTModel
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+    from megatron.core.transformer.module import Float16Module
+
+    model_parallel_cuda_manual_seed(seed)
+    torch.manual_seed(seed)
+    config = models.make_config(**{**COMMON, **settings})
+    spec = models.block_spec(config, te)
+    if mhc is not None:
+        spec = to_mhc_spec(spec, mhc)
+    model = GPTModel(config, spec, 256, sequence, position_embedding_type="rope")
+    if "gradient_accumulation_fusion" not in settings:
+        for module in model.modules():
+            if isinstance(module, HyperConnection):
+                # What that flag sets; Megatron's own output layer wants apex for it.
+                module._accumulate = mhc is not None and mhc.backend != "reference"
+    model = Float16Module(config, model.cuda())
+    if noise:
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(1 + noise * torch.randn_like(parameter))
+    return models.wrap(model, config, **(ddp or {}))
+
+
+def backward(model: DistributedDataParallel, parts: torch.Tensor) -> torch.Tensor:
+    """Forward and backward of microbatches ``[m, b, s]``, as Megatron's schedule does it; returns the last one's loss."""
+    for k, part in enumerate(parts):
+        with contextlib.nullcontext() if k == len(parts) - 1 else model.no_sync():
+            loss = models.forward(model, part).float().mean()
+            loss.backward()
+    return loss.detach()
+
+
 def train(
     settings: dict[str, Any],
     mhc: MHCConfig | None,
@@ -55,6 +101,8 @@ def train(
     microbatches: int = 1,
     steps: int = STEPS,
     te: bool = True,
+    ddp: dict[str, Any] | None = None,
+    seed: int = 0,
 ) -> Run:
     """Steps of Megatron's Adam.
 
@@ -63,47 +111,30 @@ def train(
         mhc: None for a stock model.
         noise: relative, on every parameter at the start.
         te: Transformer Engine's modules, or Megatron's local ones.
+        ddp: settings of the DistributedDataParallelConfig.
+        seed: of the initialisation; the data are the same.
     """
-    from megatron.core.models.gpt import GPTModel
-    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
-    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
-    from megatron.core.transformer.module import Float16Module
 
-    model_parallel_cuda_manual_seed(0)
-    torch.manual_seed(0)
-    config = models.make_config(**{**COMMON, **settings})
-    spec = get_gpt_decoder_block_spec(config, use_transformer_engine=te)
-    if mhc is not None:
-        spec = to_mhc_spec(spec, mhc)
-    model = GPTModel(config, spec, 256, sequence, position_embedding_type="rope")
-    for module in model.modules():
-        if isinstance(module, HyperConnection):
-            # What gradient_accumulation_fusion sets; Megatron's own output layer wants apex for it.
-            module._accumulate = mhc is not None and mhc.backend != "reference"
-    model = Float16Module(config, model.cuda())
-    if noise:
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter.mul_(1 + noise * torch.randn_like(parameter))
-    ddp = models.wrap(model, config)
-    optimizer = get_megatron_optimizer(OptimizerConfig(lr=rate, bf16=True, clip_grad=1.0), [ddp])
+    model = build(settings, mhc, sequence, te, noise, ddp, seed)
+    distributed = model.ddp_config.use_distributed_optimizer
+    optimizer = get_megatron_optimizer(
+        OptimizerConfig(lr=rate, bf16=True, clip_grad=1.0, use_distributed_optimizer=distributed), [model]
+    )
     torch.cuda.reset_peak_memory_stats()
     losses, allocated = [], []
     for ids in text(steps, sequence):
-        ddp.zero_grad_buffer()
+        model.zero_grad_buffer()
         optimizer.zero_grad()
-        model.set_is_first_microbatch()  # as Megatron's schedule does: FP8 copies of the weights are made anew
-        for part in ids.view(microbatches, 1, -1):
-            loss = models.forward(ddp, part).float().mean()
-            loss.backward()
-        ddp.finish_grad_sync()
+        model.module.set_is_first_microbatch()  # as Megatron's schedule does: FP8 copies of the weights are made anew
+        loss = backward(model, ids.view(microbatches, 1, -1))
+        model.finish_grad_sync()
         assert optimizer.step()[0]
         losses.append(loss.item())
         del loss
         allocated.append(torch.cuda.memory_allocated())
     peak = torch.cuda.max_memory_allocated() / 2**30
-    del ddp, model, optimizer
+    del model, optimizer
     gc.collect()
     torch.cuda.empty_cache()
     return Run(losses, peak, allocated)

@@ -169,7 +169,8 @@ class TestCheckpointSettings:
             is_warm_start(theirs, ours, "/ckpt", fresh_optimizer=True)
 
     def test_same_settings_and_what_does_not_matter(self) -> None:
-        theirs = self.args("--enable-mhc", "--mhc-init", "paper", "--mhc-weight-decay")
+        recompute = ("--mhc-recompute", "--mhc-recompute-sublayers", "3")
+        theirs = self.args("--enable-mhc", "--mhc-init", "paper", "--mhc-weight-decay", *recompute)
         assert not is_warm_start(theirs, self.args("--enable-mhc"), "/ckpt", fresh_optimizer=False)
         assert not is_warm_start(SimpleNamespace(), self.args(), "/ckpt", fresh_optimizer=False)
 

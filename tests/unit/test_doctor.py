@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import getpass
+import importlib
 import json
 import os
 import socket
@@ -16,7 +17,7 @@ import pytest
 
 from mhc_kernels import self_test
 from mhc_megatron import megatron_hooks
-from mhc_megatron.doctor import command, communication
+from mhc_megatron.doctor import apex, command, communication
 from mhc_megatron.megatron_hooks.rebind import Rebinding
 
 
@@ -109,6 +110,48 @@ def test_wrong_kernel(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFix
     page = capsys.readouterr().out
     assert "- BROKEN: Kernels, reference, float32: " in page
     assert "too far off: u" in page
+
+
+@pytest.fixture
+def apex_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where a package apex comes from, if there is one."""
+    for name in ("apex", *apex._EXTENSIONS):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "apex").mkdir()
+    (tmp_path / "apex" / "__init__.py").write_text("raise RuntimeError('imported')")
+    return tmp_path
+
+
+def test_apex_of_another_kind(apex_folder: Path) -> None:
+    text = apex.apex()
+    assert "NOT NVIDIA's" in text
+    assert "pip uninstall apex" in text
+    (apex_folder / "apex" / "__init__.py").unlink()  # Python imports a folder as well
+    assert "NOT NVIDIA's" in apex.apex()
+
+
+def test_nvidias_apex(apex_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in apex._NVIDIAS_OWN:
+        (apex_folder / "apex" / name).mkdir()
+    extensions = {name: apex_folder / f"{name}.py" for name in apex._EXTENSIONS}
+    for path in extensions.values():
+        path.write_text("")
+    text = apex.apex()
+    assert "NVIDIA's; " in text
+    assert text.count(" loads") == len(extensions)
+    assert "Megatron fails" not in text
+    for name in extensions:
+        monkeypatch.delitem(sys.modules, name)
+    extensions["amp_C"].write_text(f"raise ImportError('{apex_folder}/amp_C.so: undefined symbol')")
+    extensions["fused_layer_norm_cuda"].unlink()
+    importlib.invalidate_caches()
+    text = apex.apex()
+    assert "fused_weight_gradient_mlp_cuda loads" in text
+    assert "fused_layer_norm_cuda is missing" in text
+    assert "amp_C does not load" in text
+    assert "Megatron fails" in text
+    assert str(apex_folder) not in text
 
 
 def test_json(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -20,7 +20,8 @@ from mhc_megatron import MHCConfig
 from mhc_megatron.__main__ import main
 from mhc_megatron.dry_run import LaunchError, parse
 from mhc_megatron.plan.activations import chunk_pass
-from mhc_megatron.plan.memory import best_block_length, stage_memory, variant
+from mhc_megatron.plan.block_length import choose_block_length
+from mhc_megatron.plan.memory import stage_memory, variant
 from mhc_megatron.plan.order import Place
 from mhc_megatron.plan.parameters import active_count, model_count, rank_count, static_memory
 from mhc_megatron.plan.run import Run
@@ -214,14 +215,13 @@ def test_stages_hold_what_is_in_flight() -> None:
 
 
 def test_block_length() -> None:
-    """The automatic L_r is training's; the best one is the lowest peak over all of them, and recompute never needs more."""
+    """As given, or chosen (tests/unit/test_block_length.py); recompute never needs more than all streams."""
     run = variant(_pipeline_run(), "recompute")
+    given = dataclasses.replace(run, mhc=MHCConfig(recompute=True, recompute_sublayers=3))
     for stage in range(4):
+        assert stage_memory(given, stage).block_length == 3
         memory = stage_memory(run, stage)
-        assert memory.block_length == automatic_length(8, 4 - stage)
-        length, peak = best_block_length(run, stage)
-        fixed = dataclasses.replace(run, mhc=MHCConfig(recompute=True, recompute_sublayers=length))
-        assert stage_memory(fixed, stage).activations == peak <= memory.activations
+        assert memory.block_length == choose_block_length(run, stage).length
         assert memory.activations <= stage_memory(variant(run, "mhc"), stage).activations
 
 
@@ -292,6 +292,21 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for stage in plan["stages"]:
         modes = stage["modes"]
         assert modes["residual"]["total"] < modes["recompute"]["total"] < modes["mhc"]["total"]
+
+
+@pytest.mark.usefixtures("no_hooks_left")
+def test_command_compares_a_given_length(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    written = tmp_path / "plan.json"
+    recompute = ["--enable-mhc", "--mhc-recompute", "--mhc-recompute-sublayers", "1"]
+    assert main(["plan", "--world-size", "8", "--json", str(written), *LAUNCH, *recompute]) == 0
+    text = capsys.readouterr().out
+    for stage in json.loads(written.read_text())["stages"]:
+        chosen, given = stage["automatic_block_length"], stage["modes"]["recompute"]
+        assert (given["block_length"], given["activations"] > chosen["activations"]) == (1, True)
+        assert (
+            f"stage {stage['stage']}: without --mhc-recompute-sublayers {chosen['length']} would be chosen; 1 takes +"
+            in text
+        )
 
 
 @pytest.mark.parametrize("launch", [LAUNCH, DENSE_LAUNCH])
