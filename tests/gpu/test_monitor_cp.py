@@ -14,7 +14,7 @@ from mhc_megatron.quickstart.jobs import megatron_arguments
 from tests.gpu.test_two_gpus import pytestmark, train  # noqa: F401
 
 # One Sinkhorn iteration and large logits: gains that are not 1. One step: the same weights everywhere.
-JOB = "--enable-mhc --mhc-init=paper --mhc-init-alpha=2 --mhc-sinkhorn-iterations=1 --train-iters=1 --eval-iters=0".split()
+JOB = "--enable-mhc --mhc-init=paper --mhc-init-alpha=2 --mhc-sinkhorn-iterations=1 --lr-warmup-iters=0 --eval-iters=0".split()
 RUNS = {
     "one": ([], 1),
     "cp2": (["--context-parallel-size=2"], 2),

@@ -43,7 +43,12 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def arguments(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     text = data.prepare(tmp_path_factory.mktemp("text"))
-    return [*megatron_arguments(text, ITERATIONS, gpu=True), "--global-batch-size=32", "--eval-iters=0"]
+    return [
+        *megatron_arguments(text, ITERATIONS, gpu=True),
+        "--global-batch-size=32",
+        "--lr-warmup-iters=0",
+        "--eval-iters=0",
+    ]
 
 
 def without_launcher(tree: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], gpus: int) -> dict[int, float]:
