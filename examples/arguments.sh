@@ -227,6 +227,10 @@ dry_run() {
     echo
     printf '%q ' "$@" "${LAUNCHER[@]}" "$PRETRAIN_SCRIPT" "${ARGUMENTS[@]}"
     printf '\n\n'
+    # The Megatron that the script will import: the one beside it, if there is one.
+    local beside
+    beside=$(cd "$(dirname "$PRETRAIN_SCRIPT")" && pwd -P)
+    [[ ! -d $beside/megatron ]] || export PYTHONPATH=$beside${PYTHONPATH:+:$PYTHONPATH}
     "$PYTHON" -m mhc_megatron check --world-size "$WORLD_SIZE" "${ARGUMENTS[@]}"
     echo
     # It covers what runs on GPUs: Transformer Engine's modules.

@@ -55,6 +55,9 @@ def _pretrain(options: argparse.Namespace) -> int:
     if not os.path.isfile(options.script):
         print(f"mhc-megatron: no training script at {options.script}", file=sys.stderr)
         return 2
+    # As for `python script.py`, and before Megatron is imported: a script in a Megatron-LM checkout means the megatron beside it,
+    # not one that is pip-installed as well.
+    sys.path.insert(0, os.path.dirname(os.path.realpath(options.script)))
     if options.cpu:
         from mhc_megatron import cpu
 
@@ -63,7 +66,6 @@ def _pretrain(options: argparse.Namespace) -> int:
 
     enable()
     sys.argv = [options.script, *options.arguments]
-    sys.path.insert(0, os.path.dirname(os.path.abspath(options.script)))
     runpy.run_path(options.script, run_name="__main__")
     if options.cpu:
         cpu.shut_down()

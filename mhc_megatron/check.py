@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib.metadata
 import io
 import logging
 import sys
@@ -12,6 +11,7 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mhc_megatron.doctor.tree import version
 from mhc_megatron.dry_run import LaunchError, parse
 
 if TYPE_CHECKING:
@@ -51,8 +51,7 @@ def run(options: argparse.Namespace) -> int:
         reasons = [line.partition(": error: ")[2] for line in told.getvalue().splitlines() if ": error: " in line]
         print(f"check: FAILED: {'; '.join(reasons) or error}", file=sys.stderr)
         return 1
-    version = importlib.metadata.version("megatron-core")
-    print(f"check: megatron-core {version} accepts these arguments on {options.world_size} GPUs")
+    print(f"check: megatron-core {version()} accepts these arguments on {options.world_size} GPUs")
     print(_model(planned))
     print(f"  data-parallel {args.data_parallel_size}, {planned.microbatches} microbatches a step")
     for stage, chunks in enumerate(stages):

@@ -1,4 +1,4 @@
-"""The page: versions, GPUs, kernels against the reference, communication between two processes, hooks."""
+"""The page: versions, GPUs, kernels against the reference, communication between two processes, data, hooks."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import logging
 import warnings
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from mhc_megatron.doctor import machine
+from mhc_megatron.doctor import machine, tree
 
 if TYPE_CHECKING:
     from mhc_megatron.megatron_hooks.rebind import Rebinding
@@ -28,8 +28,9 @@ def add_parser(commands: Any) -> None:
     parser = commands.add_parser(
         "doctor",
         help="check this installation and print a page for a bug report",
-        description="Versions, GPUs, the kernels against the float64 reference, communication between processes and which hooks "
-        "apply on this Megatron. Prints no host name, path or user name. Exit status 1 if something is broken.",
+        description="Versions, GPUs, the kernels against the float64 reference, communication between processes, what datasets "
+        "need, and which hooks apply on this Megatron: the one in the current folder (a Megatron-LM checkout) if there is one. "
+        "Prints no host name, path or user name. Exit status 1 if something is broken.",
     )
     parser.add_argument("--json", action="store_true", help="as JSON")
 
@@ -51,7 +52,12 @@ def examine() -> list[Finding]:
     """Everything on the page. A check that raises is a finding, too."""
     found = [Finding("Versions", name, text) for name, text in machine.versions().items()]
     found += [Finding("Machine", name, text) for name, text in machine.hardware().items()]
-    for section, check in (("Kernels", _kernels), ("Communication", _communication), ("Hooks", _hooks)):
+    for section, check in (
+        ("Kernels", _kernels),
+        ("Communication", _communication),
+        ("Data", _data),
+        ("Hooks", _hooks),
+    ):
         try:
             found += check()
         except Exception as error:
@@ -116,21 +122,19 @@ def _communication() -> list[Finding]:
     return [Finding("Communication", *exchange())]
 
 
-def _hooks() -> list[Finding]:
-    # Of the tree that is imported, which need not be the package that is installed.
-    from megatron.core.package_info import __shortversion__ as version
+def _data() -> list[Finding]:
+    return [Finding("Data", "megatron.core.datasets.helpers_cpp", *tree.dataset_helpers())]
 
+
+def _hooks() -> list[Finding]:
     from mhc_megatron.megatron_hooks import rebindings
 
+    version = tree.version()
     supported = version.startswith("0.19.")
-    found = [
-        Finding(
-            "Hooks",
-            "megatron-core",
-            f"{version} is supported" if supported else f"{version}: mhc-megatron supports 0.19",
-            supported,
-        )
-    ]
+    text = f"{version} is supported" if supported else f"{version}: mhc-megatron supports 0.19"
+    if not tree.is_installed_package():
+        text += "; a source tree, before the installed package on sys.path"
+    found = [Finding("Hooks", "megatron-core", text, supported)]
     for rebinding in rebindings():
         name = f"{rebinding.module}.{rebinding.name}"
         found.append(Finding("Hooks", name, *_resolves(rebinding)))

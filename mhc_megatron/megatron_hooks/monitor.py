@@ -1,7 +1,7 @@
 """Gains of the mappings, logged while training (``--mhc-monitor-interval``).
 
 Rebinds: ``train_step`` in megatron.training.training: on a monitored step, the forward passes in it are sampled, and what it
-returns has the step's loss.
+returns has the step's loss. With ``--enable-mhc`` and a model without mHC (no GPTModel) it refuses to train.
 Why a spec can't: only the training loop knows where a step begins and ends, and which one it is.
 Tested on: megatron-core 0.19.2.
 Retired by: an upstream callback around a training step.
@@ -14,8 +14,9 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
+from mhc_megatron.megatron_hooks.active import get_config
 from mhc_megatron.megatron_hooks.rebind import Rebinding
-from mhc_megatron.monitor.monitor import Monitor, mhc_config_of
+from mhc_megatron.monitor.monitor import Monitor, mhc_config_of, unwrap
 
 # By the first chunk of the model that they watch; None for a model without mHC.
 _monitors: weakref.WeakKeyDictionary[Any, Monitor | None] = weakref.WeakKeyDictionary()
@@ -45,6 +46,11 @@ def _monitor(model: list[Any]) -> Monitor | None:
     from megatron.training.global_vars import get_args, get_tensorboard_writer, get_wandb_writer
 
     if mhc_config_of(model) is None:
+        if get_config() is not None:
+            raise ValueError(
+                f"--enable-mhc: this script's model, a {type(unwrap(model[0])).__name__}, has no mHC: only GPTModel is "
+                "converted; remove the flag"
+            )
         return None
     args = get_args()
     return Monitor(model, folder=_folder(args), tensorboard=get_tensorboard_writer(), wandb=get_wandb_writer())

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from mhc_kernels import reference
+from mhc_megatron.monitor.sampling import Part
 from mhc_megatron.residual.input import HyperConnectionInput
 from mhc_megatron.residual.layer import HyperConnectionLayer
 from mhc_megatron.residual.streams import Residual, unflatten
@@ -59,18 +60,16 @@ class Sample:
 
     Args:
         sublayers: this rank's. slots: of the whole model.
-        tokens: how many each rank samples; share: its place among the ranks that see other tokens, and their number.
+        tokens: how many are sampled; part: which of them this rank has.
         num_streams: n.
     """
 
-    def __init__(
-        self, sublayers: Sequence[Sublayer], slots: int, tokens: int, share: tuple[int, int], num_streams: int
-    ):
+    def __init__(self, sublayers: Sequence[Sublayer], slots: int, tokens: int, part: Part, num_streams: int):
         device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else "cpu"
         columns = Layout(num_streams).width
-        self.values = torch.zeros(slots, tokens * share[1], columns, dtype=torch.float32, device=device)
-        self._sublayers, self._tokens, self._share = sublayers, tokens, share
-        self._places: tuple[torch.Size, tuple[Tensor, Tensor]] | None = None
+        self.values = torch.zeros(slots, tokens, columns, dtype=torch.float32, device=device)
+        self._sublayers, self._part = sublayers, part
+        self._places: tuple[torch.Size, tuple[Tensor, ...]] | None = None
         self._taken: set[int] = set()
 
     @contextmanager
@@ -94,28 +93,21 @@ class Sample:
 
     @torch.no_grad()
     def _take(self, slot: int, module: HyperConnectionInput, residual: Residual) -> None:
-        places = self._tokens_of(residual.x)
-        x = unflatten(residual.x[places], module.num_streams)
+        number, *places = self._tokens_of(residual.x)
+        x = unflatten(residual.x[*places], module.num_streams)
         columns = (
             x.new_ones(x.shape[0], 1, dtype=torch.float32),
-            residual.res[places].flatten(1),
-            residual.post[places],
+            residual.res[*places].flatten(1),
+            residual.post[*places],
             _pre(module, x),
             _similarity(x)[:, None],
         )
-        first = self._share[0] * self._tokens
-        self.values[slot, first : first + x.shape[0]] = torch.cat(columns, 1)
+        self.values[slot, number] = torch.cat(columns, 1)
 
-    def _tokens_of(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Positions evenly spaced in this rank's part of the sequence, sequences in turn: a rank of a sequence-parallel
-        group takes the very tokens that one process takes there."""
+    def _tokens_of(self, x: Tensor) -> tuple[Tensor, ...]:
         if self._places is None or self._places[0] != x.shape:
-            length, batch = x.shape[:2]
-            count = min(self._tokens, length)
-            number = torch.arange(count)
-            position = (2 * number + 1) * length // (2 * count)
-            sequence = (self._share[0] * self._tokens + number) % batch
-            self._places = (x.shape, (position.to(x.device), sequence.to(x.device)))
+            tokens = self._part.tokens(self.values.shape[1], *x.shape[:2])
+            self._places = (x.shape, tuple(t.to(x.device) for t in tokens))
         return self._places[1]
 
 

@@ -95,8 +95,7 @@ class Monitor:
         if not (self.is_due(iteration) and self._ranks.takes_part):
             yield step
             return
-        count, shares = self._settings.monitor_tokens, self._ranks.share[1]
-        sample = Sample(self._sublayers, self._slots, max(1, count // shares), self._ranks.share, self._n)
+        sample = Sample(self._sublayers, self._slots, self._settings.monitor_tokens, self._ranks.part, self._n)
         with sample.taking():
             yield step
         self._ranks.complete(sample.values)

@@ -6,7 +6,7 @@
   step's first microbatch and fills its own sublayers of one zeroed tensor; a sum over the model-parallel group completes it
   (about 2 MB for 30 layers, 4 streams and 256 tokens), whatever the order of stages and virtual stages.
 * Tensor parallelism: with sequence parallelism every rank has other tokens and fills its share; without, the last one does.
-* Context parallelism: every rank fills its share.
+* Context parallelism: every rank has other tokens and fills its share.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from typing import Any
 import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor
+
+from mhc_megatron.monitor.sampling import Part
 
 
 class Ranks:
@@ -32,10 +34,9 @@ class Ranks:
         dp = _group(groups, "dp", parallel_state.get_data_parallel_group)
         cp = _group(groups, "cp", parallel_state.get_context_parallel_group)
         mp = _group(groups, "mp", parallel_state.get_model_parallel_group)
-        shares = tp.size() if sequence_parallel else 1
         self.takes_part = _is_last(dp)
         self.fills = self.takes_part and (sequence_parallel or _is_last(tp))
-        self.share = (cp.rank() * shares + (tp.rank() if sequence_parallel else 0), cp.size() * shares)
+        self.part = Part(cp.rank(), cp.size(), *((tp.rank(), tp.size()) if sequence_parallel else ()))
         self.logs = self.takes_part and all(map(_is_last, (tp, pp, cp)))
         self._sums = [group for group in (mp, cp) if group.size() > 1]
 

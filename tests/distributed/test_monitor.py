@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 import subprocess
 import sys
@@ -12,8 +13,11 @@ from typing import Any
 import pytest
 import torch
 from megatron.core import parallel_state
+from megatron.core.tensor_parallel import scatter_to_sequence_parallel_region
+from megatron.core.utils import get_batch_on_this_cp_rank
 
 from mhc_megatron import MHCConfig, Monitor
+from mhc_megatron.monitor.ranks import Ranks
 from mhc_megatron.monitor.records import FILE, Record, read
 from mhc_megatron.quickstart import data
 from tests import models
@@ -104,6 +108,31 @@ def test_one_replica_is_watched(one: tuple[Path, dict[str, Record]], hooks: None
     ours = monitor_under("ep2", folder)
     assert ours["sublayers"] == expected["moe"]["sublayers"]
     assert ours["loss"] != pytest.approx(expected["moe"]["loss"], rel=1e-3)
+
+
+def _sampled(sequence: int, batch: int, count: int) -> None:
+    """On every rank: of a microbatch that Megatron cuts for it, the sample, put together, is the whole microbatch's."""
+    token = torch.arange(float(sequence * batch)).view(batch, sequence)
+    local = get_batch_on_this_cp_rank({"tokens": token}, False, parallel_state.get_context_parallel_group())["tokens"].T
+    parallel = parallel_state.get_tensor_model_parallel_world_size() > 1
+    if parallel:
+        local = scatter_to_sequence_parallel_region(local.contiguous())
+    ranks = Ranks(None, parallel)
+    number, *places = ranks.part.tokens(count, *local.shape)
+    values = torch.zeros(count)
+    values[number] = local[*places] + 1  # 0: no rank has it
+    ranks.complete(values)
+    taken = min(count, sequence)
+    expected = [token[k % batch, (2 * k + 1) * sequence // (2 * taken)] + 1 for k in range(taken)]
+    assert values.tolist() == [*expected, *[0] * (count - taken)]
+
+
+@pytest.mark.parametrize("count", [1, 10, 48, 100], ids="{} tokens".format)
+@pytest.mark.parametrize("layout", [{"context_parallel_size": 2}, {"context_parallel_size": 2, "tensor_model_parallel_size": 2},
+                                    {"context_parallel_size": 3}, {"tensor_model_parallel_size": 3}])  # fmt: skip
+def test_sample_is_that_of_one_process(layout: dict[str, int], count: int, tmp_path: Path) -> None:
+    """Context parallelism needs Transformer Engine to train; which tokens a rank has does not."""
+    run_ranks(_sampled, math.prod(layout.values()), tmp_path, layout, sequence=48, batch=5, count=count)
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import megatron.core
 import pytest
@@ -159,9 +160,12 @@ def test_without_the_package(tmp_path: Path) -> None:
     assert done.stderr.endswith("ModuleNotFoundError: No module named 'mhc_megatron'\n")
 
 
-def train(tree: Path, folder: Path, *further: str, launcher: bool, processes: int = 1) -> list[tuple[str, str]]:
-    """Losses of a job, as printed, by iteration, on the Megatron in ``tree``: under the launcher, or the script alone."""
-    run = command(folder, *further, processes=processes)
+def train(tree: Path, folder: Path, *further: str, launcher: bool, **options: Any) -> list[tuple[str, str]]:
+    """Losses of a job, as printed, by iteration, on the Megatron in ``tree``: under the launcher, or the script alone.
+
+    options: of `command`.
+    """
+    run = command(folder, *further, **options)
     if not launcher:
         (folder / "cpu_host.py").write_text(CPU_HOST)
         module = run.index("-m", 3)

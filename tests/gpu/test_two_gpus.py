@@ -47,8 +47,8 @@ ON_FOUR = {
 }
 
 
-def train(arguments: list[str], processes: int) -> dict[int, float]:
-    """The losses of a launched run, by iteration."""
+def train(arguments: list[str], processes: int, *, launcher: bool = True) -> dict[int, float]:
+    """The losses of a run, by iteration: of the training script under the launcher, or alone."""
     shared = processes > torch.cuda.device_count()
     nodes = processes if shared else 1
     with socket.socket() as probe:
@@ -56,7 +56,7 @@ def train(arguments: list[str], processes: int) -> dict[int, float]:
         port = probe.getsockname()[1]
     run = [sys.executable, "-m", "torch.distributed.run", f"--nnodes={nodes}", f"--nproc-per-node={processes // nodes}"]
     run += ["--master-addr=127.0.0.1", f"--master-port={port}"]
-    job = ["-m", "mhc_megatron", "pretrain", str(TRAIN_SCRIPT), *arguments]
+    job = [*(["-m", "mhc_megatron", "pretrain"] if launcher else []), str(TRAIN_SCRIPT), *arguments]
     with contextlib.ExitStack() as stack:
         logs = [stack.enter_context(tempfile.TemporaryFile("w+")) for _ in range(nodes)]
         started = []

@@ -10,6 +10,7 @@ import os
 import socket
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 import pytest
@@ -30,7 +31,7 @@ def test_page() -> None:
     )
     page = done.stdout
     assert done.returncode == 0, page + done.stderr
-    for section in ("Versions", "Machine", "Kernels", "Communication", "Hooks", "Result"):
+    for section in ("Versions", "Machine", "Kernels", "Communication", "Data", "Hooks", "Result"):
         assert f"\n## {section}\n" in page
     for package in ("python", "torch", "triton", "transformer-engine", "apex", "megatron-core", "mhc-megatron"):
         assert f"\n- {package}: " in page
@@ -45,6 +46,43 @@ def test_page() -> None:
 
 def problems(findings: list[command.Finding]) -> list[str]:
     return [f"{finding.name}: {finding.text}" for finding in findings if finding.passed is False]
+
+
+_HELPERS_OF = """
+import sys
+import megatron.core.datasets as datasets
+from mhc_megatron.doctor import tree
+datasets.__path__ = sys.argv[1:]
+print(*tree.dataset_helpers())
+"""
+
+
+def test_a_checkout_that_cannot_compile(tmp_path: Path) -> None:
+    """A Megatron-LM checkout runs make when training starts; what it will lack there is said before."""
+    tools = tmp_path / "bin"
+    tools.mkdir()
+
+    def said() -> str:
+        run = [sys.executable, "-c", _HELPERS_OF, tmp_path]
+        done = subprocess.run(run, capture_output=True, text=True, env={**os.environ, "PATH": str(tools)})
+        assert done.returncode == 0, done.stderr
+        return done.stdout.splitlines()[-1]
+
+    def tool(name: str, prints: str) -> None:
+        (tools / name).write_text(f"#!/bin/sh\necho {prints}\n")
+        (tools / name).chmod(0o755)
+
+    assert said() == "not compiled: install megatron-core again False"
+    (tmp_path / "Makefile").touch()
+    assert said().endswith(
+        "it needs make, g++, a python3-config of this Python (there is none on PATH), pybind11 for the python3 on PATH False"
+    )
+    for name in ("make", "g++", "python3"):
+        tool(name, "-I/include")
+    tool("python3-config", ".of-another.so")
+    assert said().endswith("it needs a python3-config of this Python (that on PATH makes .of-another.so files) False")
+    tool("python3-config", sysconfig.get_config_var("EXT_SUFFIX"))
+    assert said() == "not compiled yet: Megatron runs make when training starts True"
 
 
 def test_missing_hook(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,11 +10,14 @@ from typing import Any
 import pytest
 import torch
 from megatron.core import parallel_state
+from megatron.core.models.bert.bert_layer_specs import bert_layer_local_spec
+from megatron.core.models.bert.bert_model import BertModel
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.pipeline_parallel import schedules
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
+from megatron.training import training
 
 import mhc_megatron
 from mhc_megatron import MHCConfig, megatron_hooks
@@ -55,6 +58,15 @@ def test_moved_symbol_names_the_version() -> None:
     gone = Rebinding("megatron.core.pipeline_parallel.schedules", "P2PCommunicator2", lambda original: original)
     with pytest.raises(RuntimeError, match=r"megatron-core 0\.19\.\d+\S* has no .*schedules.P2PCommunicator2"):
         gone.apply()
+
+
+def test_a_script_that_builds_another_model(hooks: None, one_process: None) -> None:
+    """With --enable-mhc it must not train without mHC and say nothing."""
+    config = models.make_config(normalization="LayerNorm")
+    bert = models.wrap(BertModel(config, 2, bert_layer_local_spec, models.VOCABULARY, models.SEQUENCE), config)
+    set_config(MHCConfig())
+    with pytest.raises(ValueError, match="--enable-mhc: this script's model, a BertModel, has no mHC"):
+        training.train_step(None, None, [bert], None, None, config, None, iteration=0)
 
 
 def test_communicator_is_megatrons_for_other_models(hooks: None) -> None:
