@@ -5,7 +5,7 @@ compute-sanitizer --tool memcheck python kernels/benchmarks/small_chain.py      
 
 import torch
 
-from mhc_kernels import RMSNorm, aggregate, boundary, connect, mappings, mix, sinkhorn
+from mhc_kernels import RMSNorm, aggregate, boundary, connect, free_until_backward, mappings, mix, recompute, sinkhorn
 
 TOKENS, WIDTH = 70, 48
 
@@ -28,9 +28,24 @@ def main() -> None:
         matrices = sinkhorn(logits, backend="triton")
         total = aggregate(out, pre, backend="triton").float().sum() + post.sum() + (res * matrices).sum()
         total.backward()
+        recomputed(x, own, None if n > 4 else norm)
         torch.cuda.synchronize()
         assert x.grad.isfinite().all()
     print("ran")
+
+
+def recomputed(x: torch.Tensor, own: list[torch.Tensor], norm: RMSNorm | None) -> None:
+    """A block of three boundaries that keeps its first streams alone, and nothing of what its sublayers read."""
+    streams, u, post, res = connect(x, *own, norm=norm, backend="triton")
+    place = recompute(3)
+    for _ in range(3):
+        y = u.sin()
+        assert free_until_backward(u, y)
+        streams, u, post, res = boundary(
+            streams, res, post, y, None, *own, norm=norm, recompute=place, backend="triton"
+        )
+        place = place.next()
+    mix(streams, res, post, u, backend="triton").float().sum().backward()
 
 
 if __name__ == "__main__":
