@@ -13,23 +13,21 @@ pytestmark = pytest.mark.gpu
 LENGTH = 6
 
 
-def gradients(case: Case, weight: Tensor, side: torch.cuda.Stream | None) -> list[Tensor]:
-    """Of a chain whose sublayers run on ``side``, and whose inputs are freed then."""
+def gradients(case: Case, weight: Tensor, side: torch.cuda.Stream, frees: bool) -> list[Tensor]:
+    """Of a chain whose sublayers run on ``side``. frees: their inputs, and a block's streams."""
     leaves = case.leaves()
     weight = weight.detach().requires_grad_()
     own = [leaves[name] for name in PARAMETERS]
 
     def sublayer(u: Tensor) -> Tensor:
-        if side is None:
-            return (u @ weight).sin()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             y = (u @ weight).sin()
         torch.cuda.current_stream().wait_stream(side)
-        assert free_until_backward(u, y)
+        assert not frees or free_until_backward(u, y)
         return y
 
-    place = None if side is None else recompute(4)
+    place = recompute(4) if frees else None
     x, u, post, res = connect(leaves["x"], *own)
     for _ in range(LENGTH):
         x, u, post, res = boundary(x, res, post, sublayer(u), None, *own, recompute=place)
@@ -43,7 +41,8 @@ def test_sublayers_on_another_stream() -> None:
     """Their last operation is where the backward begins, and the hook runs there; the memory is the main stream's."""
     case = Case(4096, 4, 512, torch.bfloat16)
     weight = torch.randn(512, 512, generator=torch.Generator().manual_seed(0)).to("cuda", torch.bfloat16) / 20
-    expected = gradients(case, weight, None)
+    side = torch.cuda.Stream()
+    expected = gradients(case, weight, side, frees=False)
     for _ in range(10):
-        for ours, theirs in zip(gradients(case, weight, torch.cuda.Stream()), expected, strict=True):
+        for ours, theirs in zip(gradients(case, weight, side, frees=True), expected, strict=True):
             assert torch.equal(ours, theirs)
