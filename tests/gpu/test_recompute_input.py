@@ -37,12 +37,17 @@ def gradients(case: Case, weight: Tensor, side: torch.cuda.Stream, frees: bool) 
     return [weight.grad, *(leaf.grad for name, leaf in leaves.items() if name in ("x", *PARAMETERS))]
 
 
-def test_sublayers_on_another_stream() -> None:
-    """Their last operation is where the backward begins, and the hook runs there; the memory is the main stream's."""
-    case = Case(4096, 4, 512, torch.bfloat16)
-    weight = torch.randn(512, 512, generator=torch.Generator().manual_seed(0)).to("cuda", torch.bfloat16) / 20
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize(("n", "c"), [(4, 512), (4, 2560), (3, 1040), (2, 1280), (8, 1280)])
+def test_sublayers_on_another_stream(n: int, c: int, dtype: torch.dtype) -> None:
+    """Their last operation is where the backward begins, and the hook runs there; the memory is the main stream's.
+
+    Widths of several tiles: kernels that loop are other machine code than those that do not.
+    """
+    case = Case(2048, n, c, dtype)
+    weight = torch.randn(c, c, generator=torch.Generator().manual_seed(0)).to("cuda", dtype) / 20
     side = torch.cuda.Stream()
     expected = gradients(case, weight, side, frees=False)
-    for _ in range(10):
+    for _ in range(5):
         for ours, theirs in zip(gradients(case, weight, side, frees=True), expected, strict=True):
             assert torch.equal(ours, theirs)

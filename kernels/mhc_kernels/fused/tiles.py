@@ -4,6 +4,9 @@ A "tile" is ``[BM, BC]``: BM tokens, BC channels. Coefficients of a token are ``
 n*n coefficients, ``m[i * n + j]``: stream j into stream i.
 
 Every load is followed by ``.to(float32)``: bf16 arithmetic is what Triton's interpreter can't do, and not what we want anyway.
+
+Sums of products are written as fused multiply-adds: of ``a * b + c * d`` a compiler may fuse either product, and takes one here and
+another one there. Streams and sublayer inputs that the backward computes again have the bits of the forward.
 """
 
 import triton
@@ -99,7 +102,7 @@ def mix_streams(m, p, x, y, N: tl.constexpr):
     for i in tl.static_range(N):
         total = p[i] * y
         for j in tl.static_range(N):
-            total += m[i * N + j] * x[j]
+            total = tl.fma(m[i * N + j], x[j], total)
         out = out + (total,)
     return out
 
@@ -109,7 +112,7 @@ def weighted_sum(w, x, N: tl.constexpr):
     """``sum_i w_i x_i``."""
     total = w[0] * x[0]
     for i in tl.static_range(1, N):
-        total += w[i] * x[i]
+        total = tl.fma(w[i], x[i], total)
     return total
 
 
