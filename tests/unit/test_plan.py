@@ -178,25 +178,20 @@ def test_measured_peaks(name: str, layers: str, kind: str) -> None:
 
 
 def test_measured_increment_of_mhc() -> None:
-    """What mHC and its recompute add to a layer, to a few per cent: 0.63 and 0.01 GiB (benchmarks/README.md)."""
+    """What mHC and its recompute add to the residual model's peak: to 5 %."""
     recorded = json.loads((BENCHMARKS / "results" / "h200_27b_memory.json").read_text())
-    peaks: dict[str, dict[int, float]] = {}
-    for kind in ("residual", "mhc", "recompute"):
-        for layers in (4, 8):
+    for layers in (4, 8):
+        peaks: dict[str, float] = {}
+        for kind in ("residual", "mhc", "recompute"):
             run = _block("27b", kind, layers, recorded["settings"])
             length = automatic_length(2 * layers, 1) if kind == "recompute" else None
             passes = chunk_pass(run, run.chunks()[0][0], length)
-            peaks.setdefault(kind, {})[layers] = max(passes.forward, passes.backward) / GIB
-    slopes = {kind: (of[8] - of[4]) / 4 for kind, of in peaks.items()}
-    measured = {
-        kind: (recorded["results"]["8"][kind]["peak_gib"] - recorded["results"]["4"][kind]["peak_gib"]) / 4
-        for kind in slopes
-    }
-    # Recorded when recompute still kept what a layer's two sublayers read.
-    measured["recompute"] -= 2 * recorded["settings"]["tokens"] * 2560 * 2 / GIB
-    for kind in ("mhc", "recompute"):
-        ours, theirs = slopes[kind] - slopes["residual"], measured[kind] - measured["residual"]
-        assert ours == pytest.approx(theirs, rel=0.1), kind
+            peaks[kind] = max(passes.forward, passes.backward) / GIB
+        measured = {kind: of["peak_gib"] for kind, of in recorded["results"][str(layers)].items()}
+        for kind in ("mhc", "recompute"):
+            ours, theirs = peaks[kind] - peaks["residual"], measured[kind] - measured["residual"]
+            print(f"{layers} layers, {kind}: +{ours:.2f} GiB planned, +{theirs:.2f} measured")
+            assert ours == pytest.approx(theirs, rel=0.05), (layers, kind)
 
 
 def _pipeline_run(**settings: Any) -> Run:
