@@ -24,7 +24,9 @@ import mhc_megatron
 
 # Several ranks on one GPU, over real NCCL: slow (they take turns), but all of the multi-GPU suite's results can be checked.
 SHARE_GPU = os.environ.get("MHC_SHARE_GPU") == "1"
-RANK_TIMEOUT = 300 if torch.cuda.is_available() else 120  # seconds; a rank that hangs prints its stack and fails the test
+RANK_TIMEOUT = (
+    300 if torch.cuda.is_available() else 120
+)  # seconds; a rank that hangs prints its stack and fails the test
 
 
 def has_gpus(count: int) -> bool:

@@ -195,40 +195,41 @@ def check_partners(ranks: list[list[Event]]) -> None:
             assert [(chunk + step, microbatch) for chunk, microbatch in sent] == receives[link], link
 
 
-def unfinished(ranks: list[list[Event]], stages: int, wraps: bool, eager: bool) -> int:
+def unfinished(ranks: list[list[Event]], stages: int, wraps: bool, eager: bool, one_queue: bool) -> int:
     """How many operations are never done, if each rank has a compute stream, and a stream for all of a communicator's transfers.
 
     A transfer starts when what its rank computes before it is done and its stream is free; it ends when its other end starts.
+    one_queue: and when all that its rank has launched before has started (CUDA_DEVICE_MAX_CONNECTIONS=1).
     """
-    streams: dict[Any, deque] = defaultdict(deque)  # of operations: name, what it needs, the transfer it is an end of
+    queues: dict[Any, deque] = defaultdict(deque)  # of operations: name, what it needs, the transfer it is an end of
     for rank, events in enumerate(ranks):
-        computed: Any = None
         count: Counter = Counter()
+        latest: dict[Any, Any] = {}  # of each stream; None: of the compute stream
         for number, event in enumerate(events):
-            link, needs = event.link, {computed} - {None}
-            if link is None:
-                needs |= {(rank, event.number)} if event.kind == "wait" else set()
-                streams[rank].append(((rank, number), needs, None))
-                computed = rank, number
-                continue
-            count[event.kind, link] += 1
-            group = link.purpose, link.direction, group_of(link.sender, stages, wraps, eager)
-            stream = rank, group if eager else (group, frozenset(link[2:]))
-            streams[stream].append(((rank, number), needs, (link, count[event.kind, link])))
+            link, name, needs = event.link, (rank, number), {latest.get(None)}
+            stream: Any = None
+            transfer = None
+            if link is not None:
+                count[event.kind, link] += 1
+                transfer = link, count[event.kind, link]
+                group = link.purpose, link.direction, group_of(link.sender, stages, wraps, eager)
+                stream = group if eager else (group, frozenset(link[2:]))
+            elif event.kind == "wait":
+                needs.add((rank, event.number))
+            needs.add(latest.get(stream))
+            latest[stream] = name
+            queues[rank if one_queue else (rank, stream)].append((name, needs - {None}, transfer))
     done: set[Any] = set()
     started: dict[Any, set[Any]] = defaultdict(set)
-    before = -1
-    while len(done) > before:
-        before = len(done)
-        for stream in streams.values():
-            while stream and stream[0][1] <= done:
-                name, _, transfer = stream[0]
-                started[transfer].add(name)
-                if transfer is not None and len(started[transfer]) < 2:
-                    break
-                done |= started[transfer] if transfer is not None else {name}
-                stream.popleft()
-    return sum(map(len, streams.values()))
+    left = -1
+    while left != (left := sum(map(len, queues.values()))):
+        for queue in queues.values():
+            while queue and queue[0][1] <= done:
+                name, _, transfer = queue.popleft()
+                started[transfer or name].add(name)
+                if transfer is None or len(started[transfer]) == 2:
+                    done |= started[transfer or name]
+    return left
 
 
 def test_transfers_meet_and_none_waits_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -241,9 +242,10 @@ def test_transfers_meet_and_none_waits_for_ever(monkeypatch: pytest.MonkeyPatch)
             check_partners(ranks)
         except AssertionError as error:
             raise AssertionError(shape) from error
-        for eager in (False, True):
-            stuck = unfinished(ranks, shape.stages, shape.chunks > 1, eager)
-            assert not stuck, f"{shape}, NCCL connected {'eagerly' if eager else 'at the first transfer'}"
+        for eager, one_queue in itertools.product((False, True), repeat=2):
+            stuck = unfinished(ranks, shape.stages, shape.chunks > 1, eager, one_queue)
+            connected = "eagerly" if eager else "at the first transfer"
+            assert not stuck, f"{shape}, NCCL connected {connected}, {'one queue' if one_queue else 'many queues'}"
 
 
 @pytest.mark.parametrize("stages", range(2, 9))
