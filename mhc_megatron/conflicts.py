@@ -51,6 +51,12 @@ CONFLICTS = (
         "it offloads the residual as one tensor; not supported with mHC in this release, remove it",
     ),
     Conflict(
+        "cpu_offloading_num_layers",
+        _is_set,
+        "Transformer Engine's offloading gives a saved tensor back in its own layer's backward alone, and mHC's recompute asks "
+        "for those of earlier layers; not supported with mHC in this release, remove it",
+    ),
+    Conflict(
         "inference_fuse_tp_communication",
         _is_set,
         "it adds the residual inside the linear layer; not supported with mHC, remove it",

@@ -43,7 +43,11 @@ class _Refill:
             storage.resize_(self.bytes)
             shape, strides, dtype = source.call.form_of_u
             u = torch.empty(0, dtype=dtype, device=self.device).set_(storage, 0, shape, strides)
-            source.call.aggregate_again(streams, kept, gamma, u)
+            try:
+                source.call.aggregate_again(streams, kept, gamma, u)
+            except BaseException:  # an interrupt as well: another pass must not take what is there for u
+                storage.resize_(0)
+                raise
 
     @contextlib.contextmanager
     def _on_forward_stream(self) -> Any:

@@ -36,9 +36,10 @@ def _planned(args: Any, mhc_config: MHCConfig, config: Any, vocabulary: int, sta
         run = replace(Run.from_covered(args, config), mhc=mhc_config, vocabulary=vocabulary)
         # All stages on every rank: rank 0 tells of them all, and if the planner fails, it fails on all ranks.
         lengths = [choose_block_length(run, number) for number in range(run.stages)]
+        own = lengths[stage]
     except Exception as error:  # a block's length is not worth a run: the formula will do, and rank 0 says so
         return PlannedLength(None, (), f"the planner fails on this model ({error!r}); please report it")
-    return PlannedLength(lengths[stage].length, lengths[stage].sublayers, _told(lengths))
+    return PlannedLength(own.length, own.sublayers, _told(lengths))
 
 
 def _told(lengths: list[BlockLength]) -> str:

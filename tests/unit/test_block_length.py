@@ -18,6 +18,7 @@ from megatron.core.transformer import TransformerConfig
 from mhc_megatron import MHCConfig, to_mhc_spec
 from mhc_megatron.dry_run import parse
 from mhc_megatron.megatron_hooks.active import get_args, set_config
+from mhc_megatron.megatron_hooks.planned import plan_block_length
 from mhc_megatron.plan.block_length import LOADS, MARGIN, WORST, choose_block_length
 from mhc_megatron.plan.memory import stage_memory, variant
 from mhc_megatron.plan.run import Run
@@ -210,6 +211,17 @@ def test_formula_without_arguments_or_with_strange_ones(said: list[str]) -> None
         said[0] == f"{formula}the planner has no Megatron arguments here (mhc_megatron.enable() before they are parsed)"
     )
     assert said[1].startswith(f"{formula}the planner fails on this model (AttributeError(")
+
+
+@pytest.mark.usefixtures("hooks")
+def test_formula_for_a_stage_that_the_arguments_do_not_have() -> None:
+    """A model with a process group of its own for its pipeline."""
+    parsed()
+    config = make_config()
+    plan_block_length(RECOMPUTE, config, MANY_TOKENS, stage=3)
+    planned = recompute.planned_length(config)
+    assert planned.length is None
+    assert planned.said.startswith("the planner fails on this model (IndexError(")
 
 
 @pytest.mark.usefixtures("one_process")

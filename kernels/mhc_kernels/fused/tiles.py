@@ -5,8 +5,8 @@ n*n coefficients, ``m[i * n + j]``: stream j into stream i.
 
 Every load is followed by ``.to(float32)``: bf16 arithmetic is what Triton's interpreter can't do, and not what we want anyway.
 
-Sums of products are written as fused multiply-adds: of ``a * b + c * d`` a compiler may fuse either product, and takes one here and
-another one there. Streams and sublayer inputs that the backward computes again have the bits of the forward.
+Sums of products are written as fused multiply-adds: of ``a * b + c * d`` a compiler may fuse either product, and takes one here
+and another one there. Streams and sublayer inputs that the backward computes again have the bits of the forward.
 """
 
 import triton

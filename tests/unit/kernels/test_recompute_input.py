@@ -178,6 +178,26 @@ def test_backward_twice(refills: list[Tensor]) -> None:
         torch.autograd.grad(out, chain.x, torch.ones_like(out))
 
 
+def test_a_refill_that_fails_is_made_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A backward that ends half way must not leave memory that the next one takes for u."""
+    original, kept = ForwardCall.aggregate_again, Chain()
+    kept.sublayer = torch.sin
+    chain = Chain()
+    Freeing(chain)
+    out = chain.run(3)
+
+    def fails(*arguments: Any) -> None:
+        monkeypatch.setattr(ForwardCall, "aggregate_again", original)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ForwardCall, "aggregate_again", fails)
+    with pytest.raises(KeyboardInterrupt):
+        torch.autograd.grad(out, chain.x, torch.ones_like(out), retain_graph=True)
+    expected = kept.run(3)
+    ours = torch.autograd.grad(out, chain.x, torch.ones_like(out))[0]
+    assert torch.equal(ours, torch.autograd.grad(expected, kept.x, torch.ones_like(expected))[0])
+
+
 def test_a_pass_that_begins_at_a_sublayers_output(refills: list[Tensor]) -> None:
     """Its boundary's backward does not run; the streams are computed for this one input, and forgotten."""
     results = []
