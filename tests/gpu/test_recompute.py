@@ -16,6 +16,7 @@ pytest.importorskip("transformer_engine.pytorch", reason="needs Transformer Engi
 from mhc_kernels import free_until_backward  # noqa: E402
 from mhc_megatron.residual import add  # noqa: E402
 from tests import models  # noqa: E402
+from tests.gpu.test_fp8 import RECIPES  # noqa: E402
 from tests.gpu.training import QUICKSTART, build, text, train  # noqa: E402
 from tests.unit.kernels.test_recompute_input import size  # noqa: E402
 
@@ -23,13 +24,14 @@ MHC = MHCConfig(init="paper")
 RECOMPUTE = dataclasses.replace(MHC, recompute=True)
 SELECTIVE = {"recompute_granularity": "selective", "recompute_modules": ["core_attn", "moe_act", "mla_up_proj"]}
 CHECKPOINTS = {"recompute_granularity": "selective", "recompute_modules": ["moe", "mlp"]}
+FP8 = {**RECIPES["tensorwise"], "moe_router_padding_for_fp8": True}
 OVERLAP = {"moe_shared_expert_overlap": True}  # on a stream of its own
 
 
 @pytest.mark.parametrize(
     "settings",
-    [{}, SELECTIVE, CHECKPOINTS, OVERLAP],
-    ids=["", "with selective recompute", "with checkpoints", "shared experts beside"],
+    [{}, SELECTIVE, CHECKPOINTS, OVERLAP, FP8, {**FP8, **CHECKPOINTS}],
+    ids=["", "with selective recompute", "with checkpoints", "shared experts beside", "FP8", "FP8 with checkpoints"],
 )
 def test_same_bits(settings: dict, one_process: None) -> None:
     """Losses of 20 steps, with gradients accumulated over two microbatches: equal to the last bit."""

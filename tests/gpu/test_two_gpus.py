@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -63,14 +64,24 @@ def train(arguments: list[str], processes: int, *, launcher: bool = True) -> dic
         for node, log in enumerate(logs):
             environment = os.environ | (shared_gpu_environment(node) if shared else {})
             command = [*run, f"--node-rank={node}", *job]
-            started.append(subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, text=True, env=environment))
-            stack.callback(started[-1].kill)
+            started.append(
+                subprocess.Popen(
+                    command, stdout=log, stderr=subprocess.STDOUT, text=True, env=environment, start_new_session=True
+                )
+            )
+            stack.callback(_end, started[-1])
         codes = [process.wait(timeout=600) for process in started]
         for log in logs:
             log.seek(0)
         output = "".join(log.read() for log in logs)
     assert codes == [0] * nodes, output[-3000:]
     return {int(i): float(x) for i, x in re.findall(r"iteration\s+(\d+)/\s*\d+ \|.*\| lm loss: (\S+)", output)}
+
+
+def _end(process: subprocess.Popen) -> None:
+    """The launcher and its workers, which would keep a shared GPU busy."""
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGKILL)
 
 
 @pytest.fixture(scope="module")
