@@ -8,13 +8,13 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import signal
 import socket
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
@@ -64,11 +64,7 @@ def train(arguments: list[str], processes: int, *, launcher: bool = True) -> dic
         for node, log in enumerate(logs):
             environment = os.environ | (shared_gpu_environment(node) if shared else {})
             command = [*run, f"--node-rank={node}", *job]
-            started.append(
-                subprocess.Popen(
-                    command, stdout=log, stderr=subprocess.STDOUT, text=True, env=environment, start_new_session=True
-                )
-            )
+            started.append(subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, text=True, env=environment))
             stack.callback(_end, started[-1])
         codes = [process.wait(timeout=600) for process in started]
         for log in logs:
@@ -81,7 +77,8 @@ def train(arguments: list[str], processes: int, *, launcher: bool = True) -> dic
 def _end(process: subprocess.Popen) -> None:
     """The launcher and its workers, which would keep a shared GPU busy."""
     if process.poll() is None:
-        os.killpg(process.pid, signal.SIGKILL)
+        for one in [*psutil.Process(process.pid).children(recursive=True), process]:
+            one.kill()
 
 
 @pytest.fixture(scope="module")
