@@ -28,6 +28,7 @@ pytestmark = [
 ]
 
 ITERATIONS = 6
+TIMEOUT = 300  # seconds, of a job; NCCL's is shorter, and its watchdog then says what hung
 LAYOUTS = {
     "tp2-sp": "--tensor-model-parallel-size 2 --sequence-parallel",
     "ep2": "--expert-model-parallel-size 2",
@@ -66,7 +67,12 @@ def train(arguments: list[str], processes: int, *, launcher: bool = True) -> dic
             command = [*run, f"--node-rank={node}", *job]
             started.append(subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, text=True, env=environment))
             stack.callback(_end, started[-1])
-        codes = [process.wait(timeout=600) for process in started]
+        codes: list[int | str] = []
+        for process in started:
+            try:
+                codes.append(process.wait(timeout=TIMEOUT))
+            except subprocess.TimeoutExpired:
+                codes.append("not finished")
         for log in logs:
             log.seek(0)
         output = "".join(log.read() for log in logs)
@@ -88,6 +94,7 @@ def arguments(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     # One start for all layouts: Megatron's own initialisation depends on the layout. 264 tokens: no padding under TP.
     start = folder / "start"
     shared += ["--vocab-size=264", "--make-vocab-size-divisible-by=1", "--global-batch-size=32", "--lr-warmup-iters=0"]
+    shared += ["--distributed-timeout-minutes=2"]
     train([*shared, "--enable-mhc", f"--save={start}", "--save-interval=1", "--train-iters=1"], 1)
     return [*shared, "--enable-mhc", f"--load={start}", "--finetune"]
 
