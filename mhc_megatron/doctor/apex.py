@@ -49,4 +49,6 @@ def _load(extension: str) -> str:
         return "is missing"
     except ImportError:  # its message names a path
         return "does not load (built for another torch, CUDA or Python)"
+    except Exception as error:  # a page for a bug report has to get to its end
+        return f"does not load ({type(error).__name__})"
     return "loads"

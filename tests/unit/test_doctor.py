@@ -152,6 +152,8 @@ def test_nvidias_apex(apex_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert "amp_C does not load" in text
     assert "Megatron fails" in text
     assert str(apex_folder) not in text
+    extensions["amp_C"].write_text("raise RuntimeError('no driver')")
+    assert "amp_C does not load (RuntimeError)" in apex.apex()
 
 
 def test_json(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
