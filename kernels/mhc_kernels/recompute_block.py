@@ -138,6 +138,11 @@ class RecomputePlace(NamedTuple):
 _top_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
 
 
+def can_tell_hooks() -> bool:
+    """Whether this torch tells if hooks on saved tensors are active; else they may be, always."""
+    return _top_hooks is not None
+
+
 def saved_tensors_are_hooked() -> bool:
     """Whether what autograd saves now goes through somebody's hooks (activation checkpoints, offloading), or may."""
     return _top_hooks is None or _top_hooks(True) is not None

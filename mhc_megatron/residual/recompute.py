@@ -11,10 +11,12 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
+import torch
 from megatron.core import parallel_state
 from megatron.core.pipeline_parallel.schedules import get_pp_rank_microbatches
 from megatron.core.utils import log_single_rank
 
+from mhc_kernels.recompute_block import can_tell_hooks
 from mhc_megatron.config import MHCConfig
 
 _logger = logging.getLogger(__name__)
@@ -98,6 +100,8 @@ def recomputes(mhc_config: MHCConfig, config: Any, triton: bool) -> bool:
     if not triton:
         _report("off: the reference backend keeps all streams")
         return False
+    if not can_tell_hooks():
+        _report(f"what sublayers read is kept: torch {torch.__version__} can't tell whether saved tensors are hooked")
     return True
 
 

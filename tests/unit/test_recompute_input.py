@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from mhc_kernels import free_until_backward
+from mhc_kernels import free_until_backward, recompute_block
 from mhc_megatron import MHCConfig
-from mhc_megatron.residual import add
+from mhc_megatron.residual import add, recompute
 from mhc_megatron.residual.input import HyperConnectionInput
 from tests import models
 from tests.unit.kernels.test_recompute_input import size
@@ -138,6 +138,16 @@ def test_a_sublayer_that_returns_its_input(views: bool, asked: Asked) -> None:
         results.append(gradients(model))
     assert asked.freed == [True, False, True, True]
     assert_same_bits(*results)
+
+
+def test_a_torch_that_does_not_tell_of_hooks(asked: Asked, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is freed then, as anybody may hook, and rank 0 says so."""
+    said: list[str] = []
+    monkeypatch.setattr(recompute, "_report", said.append)
+    monkeypatch.setattr(recompute_block, "_top_hooks", None)
+    gradients(build(RECOMPUTE, **SMALL))
+    assert asked.freed == [False] * SUBLAYERS
+    assert any("what sublayers read is kept: torch" in text for text in said)
 
 
 def test_saved_tensors_on_the_cpu(asked: Asked) -> None:
