@@ -48,7 +48,9 @@ def simulated(settings: dict[str, Any], vpp: int, kind: str, local: float, laten
     both = local / (
         settings["microbatches"] * vpp + STAGES - 1
     )  # a chunk's forward and backward; the rest is the bubble
-    crossing: Any = exchange(kind, tokens * SHAPES["27b"]["hidden_size"] * 2, STREAMS, tokens)
+    late = kind == "split" and vpp > 1 and settings.get("module_loading") != "EAGER"
+    hidden = tokens * SHAPES["27b"]["hidden_size"] * 2
+    crossing: Any = exchange("split-late" if late else kind, hidden, STREAMS, tokens, vpp)
     return simulate(
         Schedule(
             STAGES,
@@ -58,9 +60,7 @@ def simulated(settings: dict[str, Any], vpp: int, kind: str, local: float, laten
             bandwidth=settings["gb_per_s"] * 1e9,
             latency=latency,
             chunks=vpp,
-            forward_share=share,
-            backward_share=share,
-            **crossing,
+            **{"forward_share": share, "backward_share": share, **crossing},
         )
     )
 

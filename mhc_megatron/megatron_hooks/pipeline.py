@@ -32,11 +32,8 @@ def _schedule(original: Callable[..., Any]) -> Callable[..., Any]:
         state = pipeline_state(get_model_config(model[0] if isinstance(model, list) else model))
         if state is None:
             return original(*args, **kwargs)
-        state.microbatches = arguments["num_microbatches"]
-        try:
+        with state.running(arguments["num_microbatches"], bool(arguments.get("forward_only"))):
             return original(*args, **kwargs)
-        finally:
-            state.microbatches = None
 
     return schedule
 

@@ -37,7 +37,8 @@ class StreamsCommunicator(P2PCommunicator):
         self._links = Links.of(pp_group, wraps, "schedule")
         if state.split:
             receives = state.receives(self.is_pp_first_stage, self.virtual_pipeline_model_parallel_size or 1)
-            state.channel = SideChannel(Links.of(pp_group, wraps, "streams"), receives)
+            links = Links.of(pp_group, wraps, "streams")
+            state.channel = SideChannel(links, receives, ahead=0 if wraps else 1, holds=wraps and state.holds_streams)
 
     def _communicate(
         self,
@@ -89,6 +90,8 @@ class StreamsCommunicator(P2PCommunicator):
         for direction, name, wanted in ((FORWARD, "recv_prev", from_prev), (BACKWARD, "recv_next", from_next)):
             if wanted:
                 received[direction], handles[name] = links.receive(direction, own, dtype, requires_grad=True)
+        if channel is not None and to_next is not None:
+            channel.send_held()
         for direction, name, tensor in ((FORWARD, "send_next", to_next), (BACKWARD, "send_prev", to_prev)):
             if tensor is not None:
                 if tensor.dtype != dtype:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import os
+from collections.abc import Iterator
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
+import torch
 from megatron.core.pipeline_parallel.utils import is_pp_last_stage, is_vp_last_stage
 from megatron.core.utils import log_single_rank
 
@@ -23,13 +27,31 @@ class PipelineState:
 
     num_streams: n. split: whether streams travel apart from the last sublayer's output. links: whether transfers go over links
     of their own (`pipeline.links`) instead of Megatron's. channel: what split streams travel on; the schedule's communicator sets
-    it. microbatches: of the schedule that is running, if it is known.
+    it. microbatches: of the schedule that is `running`, if it is known.
     """
 
     def __init__(self, num_streams: int, split: bool, links: bool = True):
         self.num_streams, self.split, self.links = num_streams, split, links
         self.channel: SideChannel | None = None
         self.microbatches: int | None = None
+        self._kind: bool | None = None
+        self._have_run: set[bool] = set()
+
+    @contextlib.contextmanager
+    def running(self, microbatches: int, forward_only: bool) -> Iterator[None]:
+        """While a schedule runs."""
+        self.microbatches, self._kind = microbatches, forward_only
+        try:
+            yield
+            self._have_run.add(forward_only)
+        finally:
+            self.microbatches = self._kind = None
+
+    @property
+    def holds_streams(self) -> bool:
+        """Whether the schedule that is running may load kernels, and streams must not be under way meanwhile (`side_channel`): a
+        first one, of training or of evaluation, does, and any where CUDA loads them lazily."""
+        return loads_lazily() or self._kind not in self._have_run
 
     def receives(self, first_stage: bool, chunks: int) -> int | None:
         """How often a rank with so many chunks receives activations from the previous stage."""
@@ -81,8 +103,22 @@ def splits(mhc_config: MHCConfig, config: Any) -> bool:
     if reason is not None:
         _report(f"wide instead of split: {reason}")
         return False
-    _report("split, the streams on a side channel while the last sublayer of a chunk runs")
+    late = config.virtual_pipeline_model_parallel_size is not None and loads_lazily()
+    _report(
+        "split, the streams on a side channel "
+        + (
+            "after the last sublayer of a chunk: an interleaved schedule could hang where CUDA loads kernels lazily; with "
+            "CUDA_MODULE_LOADING=EAGER in the environment they leave before it"
+            if late
+            else "while the last sublayer of a chunk runs"
+        )
+    )
     return True
+
+
+def loads_lazily() -> bool:
+    """Whether CUDA may load a kernel in the middle of a run."""
+    return torch.cuda.is_available() and os.environ.get("CUDA_MODULE_LOADING") != "EAGER"
 
 
 def why_not_split(config: Any) -> str | None:

@@ -18,7 +18,7 @@ from mhc_megatron.plan.schedule import Schedule, exchange, step_times
 from mhc_megatron.plan.traffic import boundary_bytes, chunk_seconds, kernel_traffic
 
 MODES = ("residual", "mhc", "recompute")
-KINDS = ("residual", "wide-stock", "wide", "split")
+KINDS = ("residual", "wide-stock", "wide", "split-late", "split")
 
 
 def plan(
@@ -74,7 +74,10 @@ def simulated(run: Run, gpu: Gpu, utilization: float, links: Sequence[float]) ->
     rows = []
     for bandwidth in links:
         for kind in KINDS:
-            crossing = exchange(kind, boundary_bytes(run)["residual"], wide.streams, run.residual_tokens)
+            if kind == "split-late" and run.chunks_per_stage == 1:
+                continue
+            hidden = boundary_bytes(run)["residual"]
+            crossing = exchange(kind, hidden, wide.streams, run.residual_tokens, run.chunks_per_stage)
             schedule = Schedule(
                 stages=run.stages,
                 microbatches=run.microbatches,
@@ -85,9 +88,7 @@ def simulated(run: Run, gpu: Gpu, utilization: float, links: Sequence[float]) ->
                 group=run.group,
                 overlap=order.overlap,
                 warmup_flush=order.warmup_flush,
-                forward_share=share,
-                backward_share=share,
-                **crossing,  # type: ignore[arg-type]
+                **{"forward_share": share, "backward_share": share, **crossing},  # type: ignore[arg-type]
             )
             step, free = step_times(schedule)
             rows.append({"link": bandwidth, "kind": kind, "step": step, "free": free, "exposed": step - free})

@@ -118,12 +118,13 @@ class Result:
         return [span for span in self.spans if span.rank == rank]
 
 
-def exchange(kind: str, hidden: float, streams: int, tokens: float) -> dict[str, float | bool]:
-    """What crosses a boundary with one kind of communication, as fields of a `Schedule`.
+def exchange(kind: str, hidden: float, streams: int, tokens: float, chunks: int = 1) -> dict[str, float | bool]:
+    """What crosses a boundary with one kind of communication, as fields of a `Schedule` with so many chunks a rank.
 
     kind: ``residual`` (C a token), ``wide-stock`` (n*C, as stock Megatron would send it), ``wide`` (n*C, no send waits),
-    ``split`` (C and H_post, n float32, on the schedule; n*C on the side channel). hidden: bytes of C values of all
-    ``tokens`` of a microbatch.
+    ``split`` (C and H_post, n float32, on the schedule; n*C on the side channel), ``split-late`` (as split, but streams leave
+    after the chunk's last sublayer: interleaved schedules where CUDA loads kernels lazily, `mhc_megatron.pipeline.side_channel`).
+    hidden: bytes of C values of all ``tokens`` of a microbatch.
 
     Raises:
         ValueError: for another kind.
@@ -132,10 +133,11 @@ def exchange(kind: str, hidden: float, streams: int, tokens: float) -> dict[str,
         return {"transfer": hidden, "send_waits": True}
     if kind in ("wide", "wide-stock"):
         return {"transfer": streams * hidden, "send_waits": kind == "wide-stock"}
-    if kind == "split":
-        side = {"side": streams * hidden, "side_ahead": 1}
-        return {"transfer": hidden + 4 * streams * tokens, **side, "send_waits": False}
-    raise ValueError(f"no kind of pipeline communication {kind!r}; residual, wide-stock, wide and split exist")
+    if kind in ("split", "split-late"):
+        side = {"side": streams * hidden, "side_ahead": 1 if chunks == 1 else 0}
+        late = {"forward_share": 0.0} if kind == "split-late" else {}
+        return {"transfer": hidden + 4 * streams * tokens, **side, **late, "send_waits": False}
+    raise ValueError(f"no kind of pipeline communication {kind!r}; residual, wide-stock, wide, split, split-late exist")
 
 
 def simulate(schedule: Schedule) -> Result:

@@ -15,14 +15,8 @@ from tests.gpu.training import QUICKSTART, Run, train  # noqa: E402
 
 SEQUENCE = 512
 # FP8 products want multiples of 16.
-MODEL = {
-    **QUICKSTART,
-    "q_lora_rank": 32,
-    "kv_lora_rank": 32,
-    "qk_head_dim": 16,
-    "qk_pos_emb_head_dim": 16,
-    "v_head_dim": 16,
-}
+WIDTHS = {"q_lora_rank": 32, "kv_lora_rank": 32, "qk_head_dim": 16, "qk_pos_emb_head_dim": 16, "v_head_dim": 16}
+MODEL = {**QUICKSTART, **WIDTHS}
 RECIPES: dict[str, dict[str, Any]] = {
     "bf16": {},
     "delayed": {"fp8": "hybrid", "fp8_recipe": "delayed"},

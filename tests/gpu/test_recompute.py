@@ -16,7 +16,7 @@ pytest.importorskip("transformer_engine.pytorch", reason="needs Transformer Engi
 from mhc_kernels import free_until_backward  # noqa: E402
 from mhc_megatron.residual import add  # noqa: E402
 from tests import models  # noqa: E402
-from tests.gpu.test_fp8 import RECIPES  # noqa: E402
+from tests.gpu.test_fp8 import RECIPES, WIDTHS  # noqa: E402
 from tests.gpu.training import QUICKSTART, build, text, train  # noqa: E402
 from tests.unit.kernels.test_recompute_input import size  # noqa: E402
 
@@ -24,7 +24,7 @@ MHC = MHCConfig(init="paper")
 RECOMPUTE = dataclasses.replace(MHC, recompute=True)
 SELECTIVE = {"recompute_granularity": "selective", "recompute_modules": ["core_attn", "moe_act", "mla_up_proj"]}
 CHECKPOINTS = {"recompute_granularity": "selective", "recompute_modules": ["moe", "mlp"]}
-FP8 = {**RECIPES["tensorwise"], "moe_router_padding_for_fp8": True}
+FP8 = {**WIDTHS, **RECIPES["tensorwise"], "moe_router_padding_for_fp8": True}
 OVERLAP = {"moe_shared_expert_overlap": True}  # on a stream of its own
 
 

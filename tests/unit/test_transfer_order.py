@@ -1,10 +1,11 @@
 """Megatron's own schedules, one rank after another, with recorded links: what is sent is received by the pass that needs it, and
-nothing waits in a ring, whatever NCCL runs one after the other."""
+nothing waits in a ring, whatever NCCL runs one after the other and wherever CUDA loads a kernel."""
 
 from __future__ import annotations
 
 import itertools
 from collections import Counter, defaultdict, deque
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -20,7 +21,7 @@ from mhc_megatron.pipeline import split
 from mhc_megatron.pipeline.communicator import StreamsCommunicator
 from mhc_megatron.pipeline.links import BACKWARD, FORWARD, Arrival, Links, group_of
 from mhc_megatron.pipeline.side_channel import SideChannel
-from mhc_megatron.pipeline.state import pipeline_state, share_pipeline
+from mhc_megatron.pipeline.state import PipelineState, pipeline_state, share_pipeline
 from mhc_megatron.plan.order import Place
 
 
@@ -32,7 +33,7 @@ class Link(NamedTuple):
 
 
 class Event(NamedTuple):
-    """What a rank does: "send", "receive", "wait" (for the receive with that number of the rank's) or a "pass"."""
+    """What a rank does: "send", "receive", "wait" (for its receive with that number) or "compute": a part of a pass."""
 
     kind: str
     link: Link | None = None
@@ -51,7 +52,8 @@ class Recorder:
 
     def send(self, direction: int, tensor: Tensor) -> None:
         to = (self.rank + (1 if direction == FORWARD else -1)) % self.stages
-        self.events.append(Event("send", Link(self.purpose, direction, self.rank, to), at=self.at))
+        at = getattr(tensor, "at", self.at)  # streams may leave later than their pass
+        self.events.append(Event("send", Link(self.purpose, direction, self.rank, to), at=at))
 
     def receive(self, direction: int, shape: Any, dtype: torch.dtype, requires_grad: bool = False) -> Arrival:
         number = len(self.events)
@@ -74,7 +76,7 @@ class Chunk(torch.nn.Module):
             stage,
         )
         self.forwards, self.backwards = itertools.count(), itertools.count()
-        self.passed, self.model_type = streams.events, None
+        self.events, self.model_type = streams.events, None
 
     def set_input_tensor(self, tensors: list[Tensor]) -> None:
         self.input = tensors[0]
@@ -85,9 +87,12 @@ class Chunk(torch.nn.Module):
         channel = pipeline_state(self.config).channel
         if channel is not None and not self.first:
             getattr(x, split._ARRIVAL).wait()
+        self.events.append(Event("compute"))
         if channel is not None and not self.last:
-            channel.send_streams(torch.zeros(1))
-        self.passed.append(Event("pass"))
+            streams: Any = torch.zeros(1)
+            streams.at = self.streams.at
+            channel.send_streams(streams)
+        self.events.append(Event("compute"))  # the last sublayer
         return _Pass.apply(x, self)
 
 
@@ -101,9 +106,10 @@ class _Pass(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> Any:
         chunk, channel = ctx.chunk, pipeline_state(ctx.chunk.config).channel
         chunk.streams.at = (chunk.stage, next(chunk.backwards))
-        chunk.passed.append(Event("pass"))
+        chunk.events.append(Event("compute"))  # the last sublayer
         if channel is not None and not chunk.last:
             getattr(gradient, split._ARRIVAL).wait()
+        chunk.events.append(Event("compute"))
         if channel is not None and not chunk.first:
             channel.queue_gradient(torch.zeros(1))
         return torch.zeros(1), None
@@ -126,13 +132,19 @@ def shapes() -> list[Shape]:
         if chunks == 1:
             found += [Shape(stages, 1, m, None, False, False, only, comm) for m in {1, 2, stages, 2 * stages + 1}]
             continue
-        for m, group in (stages, stages), (2 * stages + 1, stages + 1), (2 * stages, 2 * stages):
+        for m, group in (
+            (stages, stages),
+            (2 * stages, stages),
+            (2 * stages + 1, stages + 1),
+            (2 * stages, 2 * stages),
+        ):
             for overlap, flush in (False, False), (True, False), (True, True):
                 found.append(Shape(stages, chunks, m, group, overlap, flush, only, comm))
     return [*found, Shape(8, 1, 9, None, False, False, False, "split"), Shape(8, 2, 16, 8, True, True, False, "split")]
 
 
-def record(shape: Shape, rank: int, monkeypatch: pytest.MonkeyPatch) -> list[Event]:
+def record(shape: Shape, rank: int, holds: bool, monkeypatch: pytest.MonkeyPatch) -> list[Event]:
+    monkeypatch.setattr(PipelineState, "holds_streams", holds)
     interleaved = shape.chunks > 1
     config = TransformerConfig(
         num_layers=shape.stages * shape.chunks,
@@ -148,7 +160,6 @@ def record(shape: Shape, rank: int, monkeypatch: pytest.MonkeyPatch) -> list[Eve
         deallocate_pipeline_outputs=True,
     )
     state = share_pipeline(config, MHCConfig(pipeline_comm=shape.comm))
-    state.microbatches = shape.microbatches
     events: list[Event] = []
     made = {purpose: Recorder(events, rank, shape.stages, purpose) for purpose in ("schedule", "streams")}
     monkeypatch.setattr(Links, "of", lambda group, wraps, purpose: made[purpose])
@@ -158,21 +169,22 @@ def record(shape: Shape, rank: int, monkeypatch: pytest.MonkeyPatch) -> list[Eve
     last = shape.stages * shape.chunks - 1
     chunks = [Chunk(config, i * shape.stages + rank, last, made["streams"]) for i in range(shape.chunks)]
     name = "with" if interleaved else "without"
-    getattr(schedules, f"forward_backward_pipelining_{name}_interleaving")(
-        forward_step_func=lambda _, chunk: (chunk(), lambda output: (output.sum(), {})),
-        data_iterator=[None] * shape.chunks if interleaved else None,
-        model=chunks if interleaved else chunks[0],
-        num_microbatches=shape.microbatches,
-        seq_length=1,
-        micro_batch_size=1,
-        forward_only=shape.forward_only,
-        p2p_communicator=StreamsCommunicator(group, config),
-        pg_collection=groups,
-    )
+    with state.running(shape.microbatches, shape.forward_only):
+        getattr(schedules, f"forward_backward_pipelining_{name}_interleaving")(
+            forward_step_func=lambda _, chunk: (chunk(), lambda output: (output.sum(), {})),
+            data_iterator=[None] * shape.chunks if interleaved else None,
+            model=chunks if interleaved else chunks[0],
+            num_microbatches=shape.microbatches,
+            seq_length=1,
+            micro_batch_size=1,
+            forward_only=shape.forward_only,
+            p2p_communicator=StreamsCommunicator(group, config),
+            pg_collection=groups,
+        )
     if state.channel is not None:
         assert state.channel._left == 0
-        assert not state.channel._arriving
-        assert not state.channel._gradients
+        for queue in (state.channel._arriving, state.channel._held, state.channel._gradients):
+            assert not queue
     return events
 
 
@@ -195,18 +207,31 @@ def check_partners(ranks: list[list[Event]]) -> None:
             assert [(chunk + step, microbatch) for chunk, microbatch in sent] == receives[link], link
 
 
-def unfinished(ranks: list[list[Event]], stages: int, wraps: bool, eager: bool, one_queue: bool) -> int:
+def unfinished(
+    ranks: list[list[Event]],
+    stages: int,
+    wraps: bool,
+    eager: bool = False,
+    one_queue: bool = False,
+    loads: Callable[[int, int], bool] = lambda rank, number: False,
+) -> int:
     """How many operations are never done, if each rank has a compute stream, and a stream for all of a communicator's transfers.
 
     A transfer starts when what its rank computes before it is done and its stream is free; it ends when its other end starts.
-    one_queue: and when all that its rank has launched before has started (CUDA_DEVICE_MAX_CONNECTIONS=1).
+    one_queue: and when all that its rank has launched before has started (CUDA_DEVICE_MAX_CONNECTIONS=1). loads: whether this
+    computation of a rank's starts with the loading of a kernel: it waits for all that the rank has launched, and the rank's host
+    for it.
     """
     queues: dict[Any, deque] = defaultdict(deque)  # of operations: name, what it needs, the transfer it is an end of
     for rank, events in enumerate(ranks):
         count: Counter = Counter()
         latest: dict[Any, Any] = {}  # of each stream; None: of the compute stream
+        loaded: Any = None
         for number, event in enumerate(events):
-            link, name, needs = event.link, (rank, number), {latest.get(None)}
+            link, name, needs = event.link, (rank, number), {latest.get(None), loaded}
+            if event.kind == "compute" and loads(rank, number):
+                needs.update((rank, earlier) for earlier in range(number))
+                loaded = name
             stream: Any = None
             transfer = None
             if link is not None:
@@ -232,12 +257,18 @@ def unfinished(ranks: list[list[Event]], stages: int, wraps: bool, eager: bool, 
     return left
 
 
-def test_transfers_meet_and_none_waits_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def recorded(monkeypatch: pytest.MonkeyPatch) -> Callable[[Shape, bool], list[list[Event]]]:
     monkeypatch.setattr(utils, "get_pg_rank", lambda group: group.rank())
     monkeypatch.setattr(utils, "get_pg_size", lambda group: group.size())
     monkeypatch.setattr(torch.distributed, "get_global_rank", lambda group, rank: rank)
+    return lambda shape, holds: [record(shape, rank, holds, monkeypatch) for rank in range(shape.stages)]
+
+
+@pytest.mark.parametrize("holds", [False, True])
+def test_transfers_meet_and_none_waits_for_ever(holds: bool, recorded: Callable) -> None:
     for shape in shapes():
-        ranks = [record(shape, rank, monkeypatch) for rank in range(shape.stages)]
+        ranks = recorded(shape, holds)
         try:
             check_partners(ranks)
         except AssertionError as error:
@@ -246,6 +277,25 @@ def test_transfers_meet_and_none_waits_for_ever(monkeypatch: pytest.MonkeyPatch)
             stuck = unfinished(ranks, shape.stages, shape.chunks > 1, eager, one_queue)
             connected = "eagerly" if eager else "at the first transfer"
             assert not stuck, f"{shape}, NCCL connected {connected}, {'one queue' if one_queue else 'many queues'}"
+
+
+def test_any_computation_may_load_a_kernel(recorded: Callable) -> None:
+    """Even every one, as in a first step."""
+    for shape in shapes():
+        ranks = recorded(shape, True)
+        assert not unfinished(ranks, shape.stages, shape.chunks > 1, loads=lambda rank, number: True), shape
+
+
+def test_one_rank_may_load_a_kernel_while_streams_leave_early(recorded: Callable) -> None:
+    """With kernels loaded at the start none should; a single late one does no harm."""
+    for shape in (shape for shape in shapes() if shape.comm == "split" and shape.chunks > 1 and shape.stages < 4):
+        ranks = recorded(shape, False)
+        for rank, events in enumerate(ranks):
+            for number in (number for number, event in enumerate(events) if event.kind == "compute"):
+                stuck = unfinished(
+                    ranks, shape.stages, shape.chunks > 1, loads=lambda *at, this=(rank, number): at == this
+                )
+                assert not stuck, f"{shape}, rank {rank} at {number}"
 
 
 @pytest.mark.parametrize("stages", range(2, 9))
@@ -273,12 +323,29 @@ def test_two_stages_in_a_ring_have_four_groups() -> None:
     assert {links._link(direction, sender)[0] for direction in (FORWARD, BACKWARD) for sender in (0, 1)} == set("abcd")
 
 
-def test_one_receive_is_posted_ahead() -> None:
+@pytest.mark.parametrize(("ahead", "expected"), [(0, [1, 2, 3, 4]), (1, [2, 3, 4, 4])])
+def test_one_receive_is_posted_ahead(ahead: int, expected: list[int]) -> None:
     """Each one ahead holds a tensor of n*C values a token."""
     events: list[Event] = []
-    channel = SideChannel(Recorder(events, 1, 2, "streams"), receives=4)
+    channel = SideChannel(Recorder(events, 1, 2, "streams"), receives=4, ahead=ahead)
     posted = []
     for _ in range(4):
         channel.receive_streams((1,), torch.float32)
         posted.append(len(events))
-    assert posted == [2, 3, 4, 4]
+    assert posted == expected
+
+
+def test_streams_are_held_in_a_first_run_and_where_kernels_load_late(monkeypatch: pytest.MonkeyPatch) -> None:
+    state = PipelineState(4, split=True)
+    held = []
+    for forward_only in (False, False, True, True, False):
+        with state.running(2, forward_only):
+            held.append(state.holds_streams)
+    assert held == [True, False, True, False, False]
+    with pytest.raises(KeyError), PipelineState(4, split=True).running(2, False):
+        raise KeyError  # a run that did not end
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for setting, lazily in (("LAZY", True), ("EAGER", False)):
+        monkeypatch.setenv("CUDA_MODULE_LOADING", setting)
+        with state.running(2, False):
+            assert state.holds_streams == lazily
