@@ -94,13 +94,12 @@ def _float32(tensor: Tensor) -> Tensor:
 class _Checked(NamedTuple):
     """A call of `boundary` or `connect` that passed all checks and goes to Triton."""
 
-    settings: Any
+    setup: Any
+    """What the kernels are told besides tensors (`fused.functions.Setup`)."""
     casts: bool
     """Whether some tensor is not of the dtype that the kernels read."""
-    norm: tuple[Any, bool]
-    """What the kernels do of a norm, and whether it comes after them (they have no room for it if n > 4)."""
-    call: Any
-    """What runs it past the dispatcher; None if it is compiled."""
+    later: bool
+    """Whether a norm comes after the kernels (they have no room for it if n > 4)."""
 
 
 _CHECKED: dict[tuple, _Checked] = {}
@@ -109,7 +108,7 @@ _CHECKED: dict[tuple, _Checked] = {}
 
 def _checked(
     key: tuple, x: Tensor, n: int, flat: bool, norm: RMSNorm | None, mixes: bool, biased: bool, dropout_p: float, casts: bool,
-    settings: Any,
+    settings: Any, accumulate: bool,
 ) -> _Checked:  # fmt: skip
     """The call, remembered unless it is compiled. Its checks are done."""
     functions = _functions()
@@ -117,7 +116,7 @@ def _checked(
     kernels_norm = functions.Norm(norm.eps, norm.centered) if norm is not None and fuses else functions.NO_NORM
     later = norm is not None and not fuses
     if torch.compiler.is_compiling():
-        return _Checked(settings, casts, (kernels_norm, later), None)
+        return _Checked(functions.Setup(float(dropout_p), settings, kernels_norm, accumulate, None), casts, later)
     shape = x.shape if flat else torch.Size((*x.shape[:-2], x.shape[-2] * x.shape[-1]))
     gamma = norm.weight.dtype if norm is not None and fuses else None
     mixing = (mixes, biased, dropout_p > 0, float(dropout_p))
@@ -126,7 +125,8 @@ def _checked(
     )
     if len(_CHECKED) >= 4096:  # sequences of many lengths
         _CHECKED.clear()
-    checked = _CHECKED[key] = _Checked(settings, casts, (kernels_norm, later), call)
+    setup = functions.Setup(float(dropout_p), settings, kernels_norm, accumulate, call)
+    checked = _CHECKED[key] = _Checked(setup, casts, later)
     return checked
 
 
@@ -225,6 +225,7 @@ def connect(
         eps,
         profile,
         mode,
+        accumulate,
         x.dtype,
         phi.dtype,
         alpha.dtype,
@@ -254,17 +255,15 @@ def connect(
             return x, u if norm is None else norm(u), post, res
         settings = _settings(iterations, eps, profile, mode)
         casts = not _all_float32(phi, alpha, bias)
-        checked = _checked(key, x, n, flat, norm, False, False, 0.0, casts, settings)
+        checked = _checked(key, x, n, flat, norm, False, False, 0.0, casts, settings, accumulate)
     if not (x.is_contiguous() and phi.is_contiguous() and alpha.is_contiguous() and bias.is_contiguous()):
         check_contiguous(x=x, phi=phi, alpha=alpha, bias=bias)
     if checked.casts:
         phi, alpha, bias = phi.float(), alpha.float(), bias.float()
-    kernels_norm, later = checked.norm
     out, u, post, res = _functions().apply_connect(
-        x if flat else x.flatten(-2), phi, alpha, bias, checked.settings, accumulate, _weight(norm, later), kernels_norm,
-        checked.call,
-    )  # fmt: skip
-    return _same_form(out, x), u if norm is None or not later else norm(u), post, res
+        x if flat else x.flatten(-2), phi, alpha, bias, _weight(norm, checked.later), checked.setup
+    )
+    return _same_form(out, x), u if norm is None or not checked.later else norm(u), post, res
 
 
 def _all_float32(*tensors: Tensor) -> bool:
@@ -323,7 +322,7 @@ def boundary(
         ``(x' [..., n, C], u [..., C], post [..., n], res [..., n, n])``: u is what the second sublayer reads, from x'.
     """
     key = (
-        "boundary", backend, flat, iterations, eps, profile, mode, dropout_p,
+        "boundary", backend, flat, iterations, eps, profile, mode, accumulate, dropout_p,
         x.dtype, y.dtype, res.dtype, post.dtype, next_phi.dtype, next_alpha.dtype, next_bias.dtype,
         x.get_device(), res.get_device(), post.get_device(), y.get_device(),
         next_phi.get_device(), next_alpha.get_device(), next_bias.get_device(), x.shape, res.shape, post.shape, y.shape,
@@ -348,7 +347,7 @@ def boundary(
         settings = _settings(iterations, eps, profile, mode)
         same = y.dtype == x.dtype and (bias is None or bias.dtype == x.dtype)
         casts = not same or not _all_float32(res, post, next_phi, next_alpha, next_bias)
-        checked = _checked(key, x, n, flat, norm, True, bias is not None, dropout_p, casts, settings)
+        checked = _checked(key, x, n, flat, norm, True, bias is not None, dropout_p, casts, settings, accumulate)
     if not (
         x.is_contiguous() and res.is_contiguous() and post.is_contiguous() and y.is_contiguous()
         and (bias is None or bias.is_contiguous())
@@ -362,13 +361,12 @@ def boundary(
     if checked.casts:
         res, post, y, bias = res.float(), post.float(), y.to(x.dtype), _cast(bias, x)
         next_phi, next_alpha, next_bias = next_phi.float(), next_alpha.float(), next_bias.float()
-    kernels_norm, later = checked.norm
     out, u, post, res = functions.apply_boundary(
-        x if flat else x.flatten(-2), res, post, y, bias, seed, float(dropout_p), next_phi, next_alpha, next_bias,
-        checked.settings, accumulate, _weight(norm, later), kernels_norm,
-        None if recompute is None else _check_recompute(recompute, "triton"), checked.call,
+        x if flat else x.flatten(-2), res, post, y, bias, seed, next_phi, next_alpha, next_bias,
+        None if norm is None else _weight(norm, checked.later), checked.setup,
+        None if recompute is None else _check_recompute(recompute, "triton"),
     )  # fmt: skip
-    return out if flat else _same_form(out, x), u if norm is None or not later else norm(u), post, res
+    return out if flat else _same_form(out, x), u if norm is None or not checked.later else norm(u), post, res
 
 
 def head(x: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, *, eps: float = 1e-6, backend: str = "auto") -> Tensor:

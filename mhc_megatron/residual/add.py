@@ -39,7 +39,7 @@ def hyper_connection_add(mhc_config: MHCConfig) -> Callable[[bool, bool], BiasDr
                     return mix(
                         x, res, post, y, bias, dropout_p=p, recompute=place, flat=True, backend=mhc_config.backend
                     )
-                norm = successor.fused_norm(x)
+                norm = successor.norm_for_kernels(x)
                 streams, u, post, res = successor.hyper_connection(x, res, post, y, bias, p, norm, place)
             return prepare(streams, u, post, res, norm is not None, None if place is None else place.next(), successor)
 

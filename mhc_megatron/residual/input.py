@@ -79,7 +79,11 @@ class HyperConnectionInput(NormWrapper):
 
     def fused_norm(self, hidden: Tensor) -> RMSNorm | None:
         """The norm, if the kernels take it along on these streams; then its weight is there to be read."""
-        if self.num_streams > FUSED_NORM_STREAMS or not self.hyper_connection.fuses(hidden):
+        return self.norm_for_kernels(hidden) if self.hyper_connection.fuses(hidden) else None
+
+    def norm_for_kernels(self, hidden: Tensor) -> RMSNorm | None:
+        """`fused_norm` of streams that are known to go to the kernels."""
+        if self.num_streams > FUSED_NORM_STREAMS:
             return None
         norm = plain_rms_norm(self.norm)
         # With a weight of another dtype, what a norm returns is its own decision.

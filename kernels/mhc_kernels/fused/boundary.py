@@ -57,7 +57,7 @@ class ForwardCall:
         if s.t:
             self._plan = forward_plan(s, options)
             self._scratch = _scratch(self._plan)
-        self._streams, self._options = (shape, n, dtype, device), options
+        self._device, self._streams, self._options = device, (shape, n, dtype, device), options
         self._backward: dict[tuple[bool, bool, bool], BackwardCall] = {}
 
     def run(
@@ -70,9 +70,7 @@ class ForwardCall:
         out, u, pre, post_out, res_out, kept = results
         if self._plan is not None:
             self._plan.run(
-                x, x if res is None else res, x if post is None else post, x if y is None else y,
-                x if y_bias is None else y_bias, x if seed is None else seed, phi, alpha, bias, x if gamma is None else gamma,
-                x if out is None else out, x if u is None else u, x if pre is None else pre, post_out, res_out, kept,
+                self._device, x, res, post, y, y_bias, seed, phi, alpha, bias, gamma, out, u, pre, post_out, res_out, kept,
                 new(*self._scratch),
             )  # fmt: skip
         return results  # type: ignore[return-value]
@@ -82,7 +80,7 @@ class ForwardCall:
         if self._plan is not None:
             options = self._options
             plan = aggregate_again_plan(sizes_of(*self._streams), options.gamma, options.centered)
-            plan.run(streams, streams if gamma is None else gamma, kept, u)
+            plan.run(self._device, streams, streams if gamma is None else gamma, kept, u)
 
     def backward(self, g: bool, du: bool, accumulates: bool) -> BackwardCall:
         """Its backward, given whether out and u have gradients and whether there are gradients of the parameters to add to."""
@@ -103,7 +101,7 @@ class BackwardCall:
         if s.t:
             self._plan = backward_plan(s, options)
             self._scratch = _scratch(self._plan)
-        self._n, self._wide, self._accumulates = n, s.wide, options.accumulates
+        self._device, self._n, self._wide, self._accumulates = device, n, s.wide, options.accumulates
 
     def run(
         self, g: Tensor | None, du: Tensor | None, dpre: Tensor | None, dpost_out: Tensor | None, dres_out: Tensor | None,
@@ -126,16 +124,11 @@ class BackwardCall:
             dpost_out = bias.new_zeros((*x.shape[:-1], self._n))
         if dres_out is None:
             dres_out = bias.new_zeros((*x.shape[:-1], self._n, self._n))
-        if dpre is None:
-            dpre = alpha if du is not None else bias.new_zeros((*x.shape[:-1], self._n))
+        if dpre is None and du is None:
+            dpre = bias.new_zeros((*x.shape[:-1], self._n))
         self._plan.run(
-            x if g is None else g, x if du is None else du, dpre, dpost_out, dres_out,
-            x, x if res is None else res, x if post is None else post, x if y is None else y,
-            x if y_bias is None else y_bias, x if seed is None else seed, out, x if pre is None else pre, kept, alpha, bias,
-            x if gamma is None else gamma,
-            new(*self._scratch), torch.empty_like(out) if self._wide else out,
-            dx, x if dy is None else dy, x if dres is None else dres, x if dpost is None else dpost,
-            x if dgamma is None else dgamma, dphi, dalpha, dbias,
+            self._device, x, g, du, dpre, dpost_out, dres_out, res, post, y, y_bias, seed, out, pre, kept, alpha, bias, gamma,
+            new(*self._scratch), torch.empty_like(out) if self._wide else None, dx, dy, dres, dpost, dgamma, dphi, dalpha, dbias,
         )  # fmt: skip
         return results  # type: ignore[return-value]
 

@@ -83,6 +83,11 @@ def output_shapes(
     )
 
 
+def _absent(*groups: tuple[bool, tuple[str, ...]]) -> dict[str, str]:
+    """For `Plan`: x stands in for the names of groups that are not given."""
+    return {name: "x" for given, names in groups if not given for name in names}
+
+
 _FORWARD = (
     "x", "res", "post", "y", "y_bias", "seed", "phi", "alpha", "bias", "gamma",
     "out", "u", "pre", "post_out", "res_out", "kept", "scratch",
@@ -91,7 +96,7 @@ _FORWARD = (
 
 @plans
 def forward_plan(s: Sizes, options: ForwardOptions) -> Plan:
-    """Takes the tensors of `_FORWARD`."""
+    """Takes the tensors of `_FORWARD`; None for those that there are not with these options."""
     mixes, biased, drops, p, aggregates, iterations, eps, eps_sinkhorn, hc, gamma, norm_eps, centered = options
     # gamma's is the one dtype that does not follow from the streams': the kernels of a plan are compiled for it.
     normalises = gamma is not None
@@ -129,7 +134,11 @@ def forward_plan(s: Sizes, options: ForwardOptions) -> Plan:
         sums=((max(split, square_parts), s.t, s.sums_width), torch.float32),
         w=((padded * c, s.width), s.product_dtype),
     )
-    return Plan(_FORWARD, steps, {**_kept(s, aggregates, normalises), **scratch}, unchecked=7)
+    absent = _absent(
+        (mixes, ("res", "post", "y", "out")), (biased, ("y_bias",)), (drops, ("seed",)), (normalises, ("gamma",)),
+        (aggregates, ("u",)), (not aggregates, ("pre",)),
+    )  # fmt: skip
+    return Plan(_FORWARD, steps, {**_kept(s, aggregates, normalises), **scratch}, _FORWARD[-7:], absent)
 
 
 @plans
@@ -183,14 +192,14 @@ def gradient_shapes(
 
 
 _BACKWARD = (
-    "g", "du", "dpre", "dpost_out", "dres_out", "x", "res", "post", "y", "y_bias", "seed", "out", "pre", "kept", "alpha", "bias",
+    "x", "g", "du", "dpre", "dpost_out", "dres_out", "res", "post", "y", "y_bias", "seed", "out", "pre", "kept", "alpha", "bias",
     "gamma", "scratch", "back", "dx", "dy", "dres", "dpost", "dgamma", "dphi", "dalpha", "dbias",
 )  # fmt: skip
 
 
 @plans
 def backward_plan(s: Sizes, options: BackwardOptions) -> Plan:
-    """Takes the tensors of `_BACKWARD`."""
+    """Takes the tensors of `_BACKWARD`; None for those that there are not with these options."""
     g, aggregates, accumulates, mixes, biased, drops, p, iterations, eps_sinkhorn, hc, gamma, centered, keeps_pre = (
         options
     )
@@ -214,8 +223,8 @@ def backward_plan(s: Sizes, options: BackwardOptions) -> Plan:
 
     k = s.n * s.c
     columns = configs.phi_backward(s)
-    parts = min(columns.PARTS, cdiv(s.t, columns.BM))
-    grid = (cdiv(k, columns.BK), parts, 1)
+    splits = min(columns.PARTS, cdiv(s.t, columns.BM))
+    grid = (cdiv(k, columns.BK), splits, 1)
     blocks = (columns.BM, columns.BK, columns.STAGES)
     if s.wide:
         arrays = ("da", "out", "partials", "factor", "w_back", "g", "back")
@@ -225,13 +234,13 @@ def backward_plan(s: Sizes, options: BackwardOptions) -> Plan:
         meta = (k, s.padded_rows, s.da_width, s.dot32, *blocks)
         phi = Step(phi_backward.phi_backward_kernel, grid, ("da", "out", "partials"), (s.t,), meta, columns.warps)
 
-    counts = (maps, rows, parts)
+    counts = (maps, rows, splits)
     streams = stream_backward_step(
         s, g, aggregates, mixes, True, biased, drops, accumulates, p, counts, normalises, centered
     )
     scratch = divide(
         "scratch",
-        partials=((parts, s.partial_rows, k), torch.float32),
+        partials=((splits, s.partial_rows, k), torch.float32),
         da=((s.t, s.da_width), s.product_dtype),
         factor=((s.t, 3, 4), torch.float32),
         totals=((maps, s.padded_totals), torch.float32),
@@ -239,5 +248,14 @@ def backward_plan(s: Sizes, options: BackwardOptions) -> Plan:
         dgammas=((rows if normalises else 0, s.c), torch.float32),
         pre_totals=((rows, s.padded_pre), torch.float32),
     )
+    absent = _absent(
+        (g, ("g",)), (aggregates, ("du",)), (mixes, ("res", "post", "y", "dy", "dres", "dpost")), (biased, ("y_bias",)),
+        (drops, ("seed",)), (not keeps_pre, ("pre",)), (normalises, ("gamma", "dgamma")),
+    )  # fmt: skip
+    if aggregates:
+        absent["dpre"] = "alpha"
+    if not s.wide:
+        absent["back"] = "out"
     # The gradients of the parameters may be Megatron's, at any address.
-    return Plan(_BACKWARD, [mapping, phi, streams], {**_kept(s, keeps_pre, normalises), **scratch}, unchecked=10)
+    parts = {**_kept(s, keeps_pre, normalises), **scratch}
+    return Plan(_BACKWARD, [mapping, phi, streams], parts, _BACKWARD[-10:], absent)

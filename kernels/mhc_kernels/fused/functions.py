@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -38,10 +38,6 @@ def _refuse_second_derivatives() -> None:
         )
 
 
-def _contiguous(gradient: Tensor | None) -> Tensor | None:
-    return None if gradient is None else gradient.contiguous()
-
-
 def _bias_gradient(dy: Tensor, y_bias: Tensor | None) -> Tensor | None:
     if y_bias is None:
         return None
@@ -50,10 +46,11 @@ def _bias_gradient(dy: Tensor, y_bias: Tensor | None) -> Tensor | None:
 
 def _main_gradients(parameters: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
     """Megatron's float32 ``main_grad`` of each parameter, or None for all of them if one has none."""
-    mains = tuple(getattr(p, "main_grad", None) for p in parameters)
-    if all(m is not None and m.dtype == torch.float32 and m.is_contiguous() for m in mains):
-        return mains
-    return (None,) * len(parameters)
+    mains = tuple([getattr(p, "main_grad", None) for p in parameters])
+    for main in mains:
+        if main is None or main.dtype != torch.float32 or not main.is_contiguous():
+            return (None,) * len(parameters)
+    return mains
 
 
 class Norm(NamedTuple):
@@ -66,22 +63,33 @@ class Norm(NamedTuple):
 NO_NORM = Norm(0.0, False)
 
 
+class Setup(NamedTuple):
+    """What a boundary is told besides tensors; one object, as autograd inspects every argument.
+
+    p: of dropout. accumulate: add the gradients of phi, alpha and bias to their ``main_grad``, as Megatron's gradient
+    accumulation fusion does in linear layers, and say so (``grad_added_to_main_grad``). call: what runs it past the dispatcher
+    where nothing is listening there; None in a compiler.
+    """
+
+    p: float
+    settings: Settings
+    norm: Norm
+    accumulate: bool
+    call: boundary_operators.ForwardCall | None
+
+
 class Boundary(torch.autograd.Function):
     """``(x, res, post, y, y_bias, ...) -> (x', u, post', res')``: see `mhc_kernels.boundary`.
-
-    accumulate: add the gradients of phi, alpha and bias to their ``main_grad``, as Megatron's gradient accumulation
-    fusion does in linear layers, and say so (``grad_added_to_main_grad``). call: what runs it past the dispatcher where
-    nothing is listening there; None in a compiler.
 
     The node's ``aggregated`` gives what u was computed from, for `recompute_input`; None: it can't.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, res: Tensor, post: Tensor, y: Tensor, y_bias: Tensor | None, seed: Tensor | None, p: float,
-        phi: Tensor, alpha: Tensor, bias: Tensor, settings: Settings, accumulate: bool, gamma: Tensor | None, norm: Norm,
-        recompute: RecomputePlace | None, call: boundary_operators.ForwardCall | None,
+        ctx: Any, x: Tensor, res: Tensor, post: Tensor, y: Tensor, y_bias: Tensor | None, seed: Tensor | None,
+        phi: Tensor, alpha: Tensor, bias: Tensor, gamma: Tensor | None, setup: Setup, recompute: RecomputePlace | None,
     ) -> tuple[Tensor | None, ...]:  # fmt: skip
+        p, settings, norm, accumulate, call = setup
         if call is None or observed(x, res, post, y, y_bias, seed, phi, alpha, bias, gamma):
             call = None
             out, u, _, post_out, res_out, kept = boundary_operators.boundary(
@@ -97,7 +105,7 @@ class Boundary(torch.autograd.Function):
         kept_out = out if recompute is None or recompute.is_last else None
         own_phi = phi if accumulate else None  # kept has its values
         ctx.save_for_backward(kept_x, res, post, y, y_bias, seed, kept_out, kept, own_phi, alpha, bias, gamma)
-        ctx.p, ctx.settings, ctx.norm = p, settings, norm
+        ctx.setup = setup
         ctx.set_materialize_grads(False)
         return out, u, post_out, res_out
 
@@ -110,16 +118,17 @@ class Boundary(torch.autograd.Function):
                 out = ctx.recompute.next().streams(_mix_again)
             if x is None:
                 x = ctx.recompute.streams(_mix_again)
-            dx, dy, dres_in, dpost_in, dgamma, *parameters = _boundary_backward(
-                ctx, g, du, None, dpost, dres, x, res, post, y, y_bias, seed, ctx.p, out, None, kept, phi, alpha, bias, gamma
+            dx, dy, dres_in, dpost_in, dgamma, dphi, dalpha, dbias = _boundary_backward(
+                ctx, g, du, None, dpost, dres, x, res, post, y, y_bias, seed, out, None, kept, phi, alpha, bias, gamma
             )  # fmt: skip
         finally:
             ctx.unpacked = None  # it may hold what this node has made
         if ctx.recompute is not None:
             ctx.recompute.release()
-        norm = (None if gamma is None else dgamma, None)
-        of_inputs = (dx, dres_in, dpost_in, dy, _bias_gradient(dy, y_bias))
-        return *of_inputs, None, None, *parameters, None, None, *norm, None, None
+        dy_bias = None if y_bias is None else _bias_gradient(dy, y_bias)
+        return (
+            dx, dres_in, dpost_in, dy, dy_bias, None, dphi, dalpha, dbias, None if gamma is None else dgamma, None, None
+        )  # fmt: skip
 
 
 def _unpacked(context: Any) -> tuple[Any, ...]:
@@ -134,7 +143,7 @@ def _unpacked(context: Any) -> tuple[Any, ...]:
 def _mix_again(context: Any, x: Tensor | None) -> Tensor:
     """What the boundary of this autograd node wrote: `RecomputePlace.streams`."""
     first, res, post, y, y_bias, seed, *_ = _unpacked(context)
-    return single.mix(first if x is None else x, res, post, y, y_bias, seed, context.p)
+    return single.mix(first if x is None else x, res, post, y, y_bias, seed, context.setup.p)
 
 
 def _aggregated_by_boundary(context: Any) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -154,9 +163,9 @@ class Connect(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, settings: Settings, accumulate: bool,
-        gamma: Tensor | None, norm: Norm, call: boundary_operators.ForwardCall | None,
-    ) -> tuple[Tensor | None, ...]:  # fmt: skip
+        ctx: Any, x: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, gamma: Tensor | None, setup: Setup
+    ) -> tuple[Tensor | None, ...]:
+        _, settings, norm, accumulate, call = setup
         if call is None or observed(x, phi, alpha, bias, gamma):
             call = None
             _, u, _, post, res, kept = boundary_operators.boundary(
@@ -167,7 +176,7 @@ class Connect(torch.autograd.Function):
         ctx.call = call
         ctx.aggregated = None if call is None or saved_tensors_are_hooked() else _aggregated_by_connect
         ctx.save_for_backward(x, kept, phi if accumulate else None, alpha, bias, gamma)
-        ctx.settings, ctx.norm = settings, norm
+        ctx.setup = setup
         ctx.set_materialize_grads(False)
         return x, u, post, res
 
@@ -175,10 +184,10 @@ class Connect(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor | None, du: Tensor | None, dpost: Tensor | None, dres: Tensor | None) -> Any:
         _refuse_second_derivatives()
         x, kept, phi, alpha, bias, gamma = ctx.saved_tensors
-        dx, _, _, _, dgamma, *parameters = _boundary_backward(
-            ctx, g, du, None, dpost, dres, x, None, None, None, None, None, 0.0, x, None, kept, phi, alpha, bias, gamma
+        dx, _, _, _, dgamma, dphi, dalpha, dbias = _boundary_backward(
+            ctx, g, du, None, dpost, dres, x, None, None, None, None, None, x, None, kept, phi, alpha, bias, gamma
         )
-        return dx, *parameters, None, None, None if gamma is None else dgamma, None, None
+        return dx, dphi, dalpha, dbias, None if gamma is None else dgamma, None
 
 
 class Mappings(torch.autograd.Function):
@@ -192,7 +201,7 @@ class Mappings(torch.autograd.Function):
             x, None, None, None, None, None, 0.0, phi, alpha, bias, False, *settings, None, *NO_NORM
         )
         ctx.save_for_backward(x, pre, kept, alpha, bias)
-        ctx.settings, ctx.norm, ctx.call = settings, NO_NORM, None
+        ctx.setup, ctx.call = Setup(0.0, settings, NO_NORM, False, None), None
         ctx.set_materialize_grads(False)
         return pre, post, res
 
@@ -202,37 +211,40 @@ class Mappings(torch.autograd.Function):
         x, pre, kept, alpha, bias = ctx.saved_tensors
         nothing = (None,) * 5
         dx, _, _, _, _, *parameters = _boundary_backward(
-            ctx, None, None, dpre, dpost, dres, x, *nothing, 0.0, x, pre, kept, None, alpha, bias, None
+            ctx, None, None, dpre, dpost, dres, x, *nothing, x, pre, kept, None, alpha, bias, None
         )
         return dx, *parameters, None
 
 
 def _boundary_backward(
     ctx: Any, g: Tensor | None, du: Tensor | None, dpre: Tensor | None, dpost: Tensor | None, dres: Tensor | None,
-    x: Tensor, res: Tensor | None, post: Tensor | None, y: Tensor | None, y_bias: Tensor | None, seed: Tensor | None, p: float,
+    x: Tensor, res: Tensor | None, post: Tensor | None, y: Tensor | None, y_bias: Tensor | None, seed: Tensor | None,
     out: Tensor, pre: Tensor | None, kept: Tensor, phi: Tensor | None, alpha: Tensor, bias: Tensor, gamma: Tensor | None,
-) -> tuple[Tensor, ...]:  # fmt: skip
+) -> Sequence[Tensor]:  # fmt: skip
     """phi: None unless gradients are accumulated."""
     mains: tuple[Tensor | None, ...] = (None, None, None) if phi is None else _main_gradients((phi, alpha, bias))
-    call, given = ctx.call, (_contiguous(g), _contiguous(du), _contiguous(dpre), _contiguous(dpost), _contiguous(dres))
+    call = ctx.call
+    given = [None if gradient is None else gradient.contiguous() for gradient in (g, du, dpre, dpost, dres)]
     if call is None or torch.compiler.is_compiling() or observed(*given):
-        settings = ctx.settings
-        empty_like: Callable[..., Tensor] = torch.empty_like
+        call, (p, settings, norm, _, _) = None, ctx.setup
         gradients = boundary_operators.boundary_backward(
             *given, x, res, post, y, y_bias, seed, p, out, pre, kept, alpha, bias, *mains,
-            settings.iterations, settings.eps_sinkhorn, settings.hc, gamma, ctx.norm.centered,
+            settings.iterations, settings.eps_sinkhorn, settings.hc, gamma, norm.centered,
         )  # fmt: skip
     else:
-        empty_like = memory.empty_like
         gradients = call.backward(g is not None, du is not None, mains[0] is not None).run(
             *given, x, res, post, y, y_bias, seed, out, pre, kept, alpha, bias, gamma, mains
         )
     if phi is None or mains[0] is None:
         return gradients
-    for parameter in (phi, alpha, bias):
+    parameters = (phi, alpha, bias)
+    for parameter in parameters:
         parameter.grad_added_to_main_grad = True  # type: ignore[attr-defined]
     # A gradient must arrive for Megatron's hook to run; it looks at the mark and drops this one.
-    return (*gradients[:5], *(empty_like(parameter) for parameter in (phi, alpha, bias)))
+    dummies = (
+        [torch.empty_like(parameter) for parameter in parameters] if call is None else memory.empty_like(*parameters)
+    )
+    return (*gradients[:5], *dummies)
 
 
 class Mix(torch.autograd.Function):

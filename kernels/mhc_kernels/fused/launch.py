@@ -25,7 +25,6 @@ from mhc_kernels.fused.direct import DirectLaunches, Launch, UnsupportedError
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 _DIRECT = triton.__version__.split(".")[:2] == ["3", "6"] and torch.version.hip is None and not INTERPRET
-_address = Tensor.data_ptr
 _ALIGNMENT = 16  # bytes; what Triton specialises pointers on
 
 
@@ -91,16 +90,29 @@ class Plan:
         tensors: names of what `run` gets.
         steps: the launches.
         parts: arrays inside those tensors.
-        unchecked: of the last so many tensors the alignment is not looked at: they were just allocated, or the kernels take them
-            at any address (``do_not_specialize_on_alignment``; Megatron's gradient buffers have no gaps).
+        unchecked: of these tensors, the last ones, the alignment is not looked at: they were just allocated, or the kernels take
+            them at any address (``do_not_specialize_on_alignment``; Megatron's gradient buffers have no gaps).
+        absent: names that `run` gets None for, with what stands in for each: kernels want an address for every array.
     """
 
     def __init__(
-        self, tensors: tuple[str, ...], steps: Sequence[Step], parts: dict[str, Part] | None = None, unchecked: int = 0
-    ):
-        self._names, self._steps, self._parts = tensors, tuple(steps), parts or {}
-        self._checked = len(tensors) - unchecked
-        self._offsets = tuple((tensors.index(part.base), part.offset) for part in self._parts.values())
+        self, tensors: tuple[str, ...], steps: Sequence[Step], parts: dict[str, Part] | None = None,
+        unchecked: tuple[str, ...] = (), absent: dict[str, str] | None = None,
+    ):  # fmt: skip
+        self._absent, self._steps, self._parts = absent or {}, tuple(steps), parts or {}
+        self._names = tuple(name for name in tensors if name not in self._absent)
+        self._checked = sum(name not in unchecked for name in self._names)
+        self._places = {name: place for place, name in enumerate(self._names)}
+        offsets = []
+        for name, part in self._parts.items():  # a part hides a tensor of its name
+            place = self._names.index(part.base)
+            if part.offset:
+                offsets.append((place, part.offset))
+                place = len(self._names) + len(offsets) - 1
+            self._places[name] = place
+        self._offsets = tuple(offsets)
+        """Of parts that don't start where a tensor does: its place, bytes."""
+        self._places |= {name: self._places[other] for name, other in self._absent.items() if name not in self._parts}
         self._direct: dict[int, DirectLaunches | None] = {}
         """By device; None: its kernels can't be launched that way."""
         self.floats: dict[str, int] = {}
@@ -108,10 +120,9 @@ class Plan:
         for part in self._parts.values():
             self.floats[part.base] = max(self.floats.get(part.base, 0), -(-part.end // 4))
 
-    def run(self, *tensors: Tensor) -> None:
-        """Launch on the current stream of the first tensor's device."""
-        device = tensors[0].get_device()
-        addresses = list(map(_address, tensors))
+    def run(self, device: int, *tensors: Tensor | None) -> None:
+        """Launch on the current stream of the device with this index, where the tensors are."""
+        addresses = [tensor.data_ptr() for tensor in tensors if tensor is not None]
         bits = 0
         for address in addresses[: self._checked]:
             bits |= address
@@ -123,13 +134,14 @@ class Plan:
             or device != torch._C._cuda_getDevice()
             or knobs.runtime.launch_enter_hook.calls
         ):
-            self._by_triton(device, tensors, aligned)
+            self._by_triton(device, [tensor for tensor in tensors if tensor is not None], aligned)
             return
         addresses += [addresses[index] + offset for index, offset in self._offsets]
         direct.run(addresses, torch._C._cuda_getCurrentRawStream(device))
 
     def _by_triton(self, device: int, tensors: Sequence[Tensor], aligned: bool) -> None:
         arrays = dict(zip(self._names, tensors, strict=True))
+        arrays |= {name: arrays[other] for name, other in self._absent.items()}
         for name, part in self._parts.items():
             arrays[name] = part.view(arrays[part.base])
         if INTERPRET:
@@ -151,14 +163,12 @@ class Plan:
         return compiled
 
     def _prepare(self, kernels: list[Any]) -> DirectLaunches | None:
-        names = (*self._names, *self._parts)
-        places = {name: place for place, name in enumerate(names)}  # a part hides a tensor of its name
         launches = [
-            Launch(kernel, step.grid, tuple(places[name] for name in step.arrays), (*step.scalars, *step.meta))
+            Launch(kernel, step.grid, tuple(self._places[name] for name in step.arrays), (*step.scalars, *step.meta))
             for kernel, step in zip(kernels, self._steps, strict=True)
         ]
         try:
-            return DirectLaunches(launches, len(names))
+            return DirectLaunches(launches, len(self._names) + len(self._offsets))
         except UnsupportedError as error:
             _warn_once(str(error))
             return None

@@ -48,9 +48,12 @@ def allocator(like: Tensor) -> Callable[[tuple[int, ...], tuple[int, ...], torch
     return functools.partial(_public, like.device)
 
 
-def empty_like(tensor: Tensor) -> Tensor:
-    """``torch.empty_like`` of a contiguous tensor, where an `allocator` may be called."""
-    return allocator(tensor)(tuple(tensor.shape), tensor.stride(), tensor.dtype)  # no torch.Size: _quick checks
+def empty_like(*tensors: Tensor) -> list[Tensor]:
+    """``torch.empty_like`` of contiguous tensors on one device, where an `allocator` may be called."""
+    new = allocator(tensors[0])
+    return [
+        new(tuple(tensor.shape), tensor.stride(), tensor.dtype) for tensor in tensors
+    ]  # no torch.Size: _quick checks
 
 
 def _public(

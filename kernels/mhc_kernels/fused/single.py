@@ -90,7 +90,7 @@ def mix(
     s = sizes(x, post.shape[-1])
     if s.t:
         plan = _mix_plan(s, y_bias is not None, seed is not None, p)
-        plan.run(x, res, post, y, x if y_bias is None else y_bias, x if seed is None else seed, out)
+        plan.run(s.device, x, res, post, y, x if y_bias is None else y_bias, x if seed is None else seed, out)
     return out
 
 
@@ -119,7 +119,7 @@ def mix_backward(
     s = sizes(x, post.shape[-1])
     if s.t:
         plan = _mix_backward_plan(s, y_bias is not None, seed is not None, p)
-        plan.run(x, res, post, y, x if y_bias is None else y_bias, x if seed is None else seed, g, x, *out)
+        plan.run(s.device, x, res, post, y, x if y_bias is None else y_bias, x if seed is None else seed, g, x, *out)
     return out
 
 
@@ -142,7 +142,7 @@ def aggregate(x: Tensor, pre: Tensor) -> Tensor:
     s = sizes(x, pre.shape[-1])
     u = x.new_empty(_u_shape(x, s.n))
     if s.t:
-        _aggregate_plan(s).run(x, pre, u)
+        _aggregate_plan(s).run(s.device, x, pre, u)
     return u
 
 
@@ -164,7 +164,7 @@ def aggregate_backward(du: Tensor, x: Tensor, pre: Tensor) -> tuple[Tensor, Tens
     s = sizes(x, pre.shape[-1])
     dx, dpre = torch.empty_like(x), torch.empty_like(pre)
     if s.t:
-        _aggregate_backward_plan(s).run(du, x, pre, dx, dpre)
+        _aggregate_backward_plan(s).run(s.device, du, x, pre, dx, dpre)
     return dx, dpre
 
 
@@ -186,7 +186,7 @@ def sinkhorn(logits: Tensor, iterations: int, eps: float) -> Tensor:
     res = logits.new_empty(logits.shape, dtype=torch.float32)
     t, n = logits.shape[:-2].numel(), logits.shape[-1]
     if t:
-        _sinkhorn_plan(t, n, logits.dtype, iterations, eps, False).run(logits, res)
+        _sinkhorn_plan(t, n, logits.dtype, iterations, eps, False).run(logits.get_device(), logits, res)
     return res
 
 
@@ -199,5 +199,5 @@ def sinkhorn_backward(dres: Tensor, logits: Tensor, iterations: int, eps: float)
     dlogits = torch.empty_like(logits)
     t, n = logits.shape[:-2].numel(), logits.shape[-1]
     if t:
-        _sinkhorn_plan(t, n, logits.dtype, iterations, eps, True).run(logits, dres, dlogits)
+        _sinkhorn_plan(t, n, logits.dtype, iterations, eps, True).run(logits.get_device(), logits, dres, dlogits)
     return dlogits
