@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 from mhc_megatron.config import MHCConfig
@@ -34,12 +34,25 @@ def _planned(args: Any, mhc_config: MHCConfig, config: Any, vocabulary: int, sta
         if flag is not None:
             return PlannedLength(None, (), f"the planner does not cover {flag}")
         run = replace(Run.from_covered(args, config), mhc=mhc_config, vocabulary=vocabulary)
-        # All stages on every rank: rank 0 tells of them all, and if the planner fails, it fails on all ranks.
-        lengths = [choose_block_length(run, number) for number in range(run.stages)]
+        lengths = _of_all_stages(run)
         own = lengths[stage]
     except Exception as error:  # a block's length is not worth a run: the formula will do, and rank 0 says so
         return PlannedLength(None, (), f"the planner fails on this model ({error!r}); please report it")
     return PlannedLength(own.length, own.sublayers, _told(lengths))
+
+
+_latest: list[tuple[Any, list[BlockLength]]] = []
+"""A rank's chunks are built one after the other, with equal configs, and ask the same."""
+
+
+def _of_all_stages(run: Run) -> list[BlockLength]:
+    """On every rank: rank 0 tells of them all, and if the planner fails, it fails on all ranks."""
+    known = {field.name: getattr(run.config, field.name) for field in fields(run.config)}
+    # Initialisers are functions of their own in every config.
+    asked = replace(run, config=None), {name: value for name, value in known.items() if not callable(value)}
+    if not (_latest and _latest[0][0] == asked):
+        _latest[:] = [(asked, [choose_block_length(run, number) for number in range(run.stages)])]
+    return _latest[0][1]
 
 
 def _told(lengths: list[BlockLength]) -> str:

@@ -17,6 +17,7 @@ from megatron.core.transformer import TransformerConfig
 
 from mhc_megatron import MHCConfig, to_mhc_spec
 from mhc_megatron.dry_run import parse
+from mhc_megatron.megatron_hooks import planned
 from mhc_megatron.megatron_hooks.active import get_args, set_config
 from mhc_megatron.megatron_hooks.planned import plan_block_length
 from mhc_megatron.plan.block_length import LOADS, MARGIN, WORST, choose_block_length
@@ -214,22 +215,42 @@ def test_formula_without_arguments_or_with_strange_ones(said: list[str]) -> None
 
 
 @pytest.mark.usefixtures("hooks")
+def test_chunks_of_a_rank_are_planned_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    parsed()
+    asked = []
+    choose = planned.choose_block_length
+    monkeypatch.setattr(
+        planned, "choose_block_length", lambda run, stage: asked.append(run.config.num_layers) or choose(run, stage)
+    )
+    monkeypatch.setattr(planned, "_latest", [])
+    configs = [make_config(), make_config(), make_config()]
+    configs[2].num_layers = 8
+    for config in configs:
+        plan_block_length(RECOMPUTE, config, MANY_TOKENS, stage=0)
+    assert asked == [12, 8]
+    configs[2].num_layers = 6
+    plan_block_length(RECOMPUTE, configs[2], MANY_TOKENS, stage=0)
+    assert asked == [12, 8, 6]
+    assert recompute.planned_length(configs[0]) == recompute.planned_length(configs[1])
+
+
+@pytest.mark.usefixtures("hooks")
 def test_formula_for_a_stage_that_the_arguments_do_not_have() -> None:
     """A model with a process group of its own for its pipeline."""
     parsed()
     config = make_config()
     plan_block_length(RECOMPUTE, config, MANY_TOKENS, stage=3)
-    planned = recompute.planned_length(config)
-    assert planned.length is None
-    assert planned.said.startswith("the planner fails on this model (IndexError(")
+    found = recompute.planned_length(config)
+    assert found.length is None
+    assert found.said.startswith("the planner fails on this model (IndexError(")
 
 
 @pytest.mark.usefixtures("one_process")
 def test_formula_for_another_chain(said: list[str]) -> None:
     """A model that has not the sublayers that the planner has counted."""
-    planned = PlannedLength(9, (24,), "planned")
-    assert block_length(RECOMPUTE, 24, None, planned) == 9
-    assert block_length(RECOMPUTE, 16, None, planned) == automatic_length(16, microbatches_in_flight(None))
+    nine = PlannedLength(9, (24,), "planned")
+    assert block_length(RECOMPUTE, 24, None, nine) == 9
+    assert block_length(RECOMPUTE, 16, None, nine) == automatic_length(16, microbatches_in_flight(None))
     assert said[0] == "planned"
     assert said[1].endswith("16 sublayers in a row are not what the planner made of Megatron's arguments")
 
