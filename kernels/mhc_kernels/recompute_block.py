@@ -27,13 +27,16 @@ class _Block:
         # Storage, size and version of what the last boundary returned.
         self.last: tuple[StorageWeakRef, int, int] | None = None
         self.streams: dict[int, Tensor] = {}
-        self.ends = False
+        self.ending: int | None = None  # the pass of the autograd engine at whose end `end` is called
 
     def compute(self, count: int, mix: Callable[[Any, Tensor | None], Tensor]) -> None:
         """Fill in the streams 1 to ``count``."""
-        if not self.ends:  # a pass may end before it has come to the block's first boundary
+        this = torch._C._current_graph_task_id()
+        if (
+            self.ending != this
+        ):  # a pass may end before it has come to the block's first boundary; one that fails calls nothing
             torch.autograd.Variable._execution_engine.queue_callback(self.end)
-            self.ends = True
+            self.ending = this
         x: Tensor | None = None
         for k in range(count):
             context = self.boundaries[k]()
@@ -47,7 +50,7 @@ class _Block:
 
     def end(self) -> None:
         """Forget what one pass of the autograd engine has made."""
-        self.ends = False
+        self.ending = None
         self.streams.clear()
         for reference in self.boundaries:
             context = reference()

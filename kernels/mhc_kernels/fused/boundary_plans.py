@@ -109,12 +109,11 @@ def forward_plan(s: Sizes, options: ForwardOptions) -> Plan:
     split = square_parts = configs.mix_project(s).SPLIT
     if s.wide:
         split = configs.project(s).SPLIT
-        if mixes:
-            steps = [_mix_pack_step(mix_project_step(s, True, False, True, biased, drops, p), packing)]
-        else:
-            square_parts = split
-            steps = [packing]
-        steps.append(_project_step(s, out, squares=not mixes))
+        # Without y the mix sums squares and writes nothing.
+        steps = [
+            _mix_pack_step(mix_project_step(s, mixes, False, True, biased, drops, p), packing),
+            _project_step(s, out),
+        ]
     else:
         steps = [packing, mix_project_step(s, mixes, True, True, biased, drops, p)]
 
@@ -165,12 +164,12 @@ def _mix_pack_step(mix: Step, packing: Step) -> Step:
     )
 
 
-def _project_step(s: Sizes, out: str, squares: bool) -> Step:
+def _project_step(s: Sizes, out: str) -> Step:
     config = configs.project(s)
     grid = (cdiv(s.t, config.BM) * config.SPLIT, 1, 1)
     meta = (
-        s.n * s.c, s.low + s.rows if s.bf16 else s.rows, *s.widths, s.sums_width, s.sums_low + s.rows if squares else 0, s.dot32,
-        config.BM, config.BC, config.SPLIT, config.V, config.STAGES,
+        s.n * s.c, s.low + s.rows if s.bf16 else s.rows, *s.widths, s.sums_width, s.dot32,
+        config.BM, config.BC, config.SPLIT, config.STAGES,
     )  # fmt: skip
     return Step(forward.project_kernel, grid, (out, "w", "sums"), (s.t,), meta, config.warps)
 

@@ -124,13 +124,14 @@ def _mix_project(
 @triton.jit(do_not_specialize=["T"])
 def project_kernel(
     x_ptr, w_ptr, sums_ptr, T,
-    K: tl.constexpr, USED: tl.constexpr, NW1: tl.constexpr, NW2: tl.constexpr, SP: tl.constexpr, SQUARES: tl.constexpr,
-    DOT32: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr, V: tl.constexpr, STAGES: tl.constexpr,
+    K: tl.constexpr, USED: tl.constexpr, NW1: tl.constexpr, NW2: tl.constexpr, SP: tl.constexpr,
+    DOT32: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """The projection alone, for many streams: x [T, K], w [K, NW1 + NW2], USED columns of it -> sums [SPLIT, T, SP]: x @ w,
-    and in column SQUARES (if not 0) sum(x^2).
+    """The projection alone, for many streams: x [T, K], w [K, NW1 + NW2], USED columns of it -> sums [SPLIT, T, SP]: x @ w.
 
     hi and lo are not added up here. Two products, as the number of columns is not near a power of two (n = 8: 160).
+    Nothing but these may read x: Triton 3.6 gives a tile that registers read as well one slot of shared memory less, and copies
+    the tile after next into the slot that the products still read.
     """
     part = tl.program_id(0) % SPLIT
     rows = (tl.program_id(0) // SPLIT) * BM + tl.arange(0, BM)
@@ -143,31 +144,25 @@ def project_kernel(
     if NW2 > 0:
         r2 = NW1 + tl.arange(0, NW2)
         acc2 = tl.zeros((BM, NW2), tl.float32)
-    squares = tl.zeros((BM, BK // V), tl.float32)
     for k0 in tl.range(0, K, BK * SPLIT, num_stages=STAGES):
         k = k0 + part * BK + tl.arange(0, BK)
         inside = (k < K)[:, None]
         x = tiles.load_rows(x_ptr, at, K, k, (k < K)[None, :], EVEN)
-        x32 = x.to(tl.float32)
-        if SQUARES > 0:
-            squares += tiles.partial(x32 * x32, BM, BK, V)
         w = tiles.load_rows(w_ptr, k, NW, r1, inside & (r1 < USED)[None, :], EVEN and NW1 <= USED)
         if DOT32:
-            acc1 = tl.dot(x32, w.to(tl.float32), acc1, input_precision="tf32x3")
+            acc1 = tl.dot(x.to(tl.float32), w.to(tl.float32), acc1, input_precision="tf32x3")
         else:
             acc1 = tl.dot(x, w, acc1)
         if NW2 > 0:
             w = tiles.load_rows(w_ptr, k, NW, r2, inside & (r2 < USED)[None, :], EVEN and NW <= USED)
             if DOT32:
-                acc2 = tl.dot(x32, w.to(tl.float32), acc2, input_precision="tf32x3")
+                acc2 = tl.dot(x.to(tl.float32), w.to(tl.float32), acc2, input_precision="tf32x3")
             else:
                 acc2 = tl.dot(x, w, acc2)
     sums = sums_ptr + (part * T + at)[:, None] * SP
     tl.store(sums + r1[None, :], acc1, mask=exists[:, None] & (r1 < USED)[None, :])
     if NW2 > 0:
         tl.store(sums + r2[None, :], acc2, mask=exists[:, None] & (r2 < USED)[None, :])
-    if SQUARES > 0:
-        tl.store(sums_ptr + (part * T + at) * SP + SQUARES, tl.sum(squares, 1), mask=exists)
 
 
 @triton.jit
