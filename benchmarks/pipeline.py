@@ -4,9 +4,8 @@
                                                        [--json FILE] [--timeline PNG]
 
 Kinds: residual; wide-stock (mHC, n*C values a token in Megatron's own transfers, its waits for sends included); wide (sends that
-nobody waits for); split (`mhc_megatron.pipeline.split`; in interleaved schedules its streams leave before a chunk's last
-sublayer with CUDA_MODULE_LOADING=EAGER in the environment, else after it). Layers of the paper's 27B shape, one dense and the
-others MoE with forced load balancing, Transformer Engine, bf16, forward and backward by Megatron's schedule, no optimizer.
+nobody waits for); split (`mhc_megatron.pipeline.split`). Layers of the paper's 27B shape, one dense and the others MoE with
+forced load balancing, Transformer Engine, bf16, forward and backward by Megatron's schedule, no optimizer.
 
 Exposed: a step's time minus that of the same step with transfers replaced by local copies: each one still sends one element,
 so stages wait for each other as before, and copies the rest from a buffer of its own. Without an interleaved schedule, residual
@@ -272,7 +271,6 @@ def main() -> None:
         keep = {k: v for k, v in vars(options).items() if k not in ("json", "timeline")}
         link = {k: v for k, v in os.environ.items() if k.startswith("NCCL_")}
         settings = {**keep, "device": device, "torch": torch.__version__, "environment": link, "gb_per_s": speed}
-        settings["module_loading"] = os.environ.get("CUDA_MODULE_LOADING")
         options.json.write_text(json.dumps({"settings": settings, "results": everything}, indent=1))
     dist.barrier()
     dist.destroy_process_group()

@@ -48,9 +48,7 @@ def simulated(settings: dict[str, Any], vpp: int, kind: str, local: float, laten
     both = local / (
         settings["microbatches"] * vpp + STAGES - 1
     )  # a chunk's forward and backward; the rest is the bubble
-    late = kind == "split" and vpp > 1 and settings.get("module_loading") != "EAGER"
-    hidden = tokens * SHAPES["27b"]["hidden_size"] * 2
-    crossing: Any = exchange("split-late" if late else kind, hidden, STREAMS, tokens, vpp)
+    crossing: Any = exchange(kind, tokens * SHAPES["27b"]["hidden_size"] * 2, STREAMS, tokens, vpp)
     return simulate(
         Schedule(
             STAGES,

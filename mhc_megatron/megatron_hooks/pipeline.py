@@ -32,7 +32,7 @@ def _schedule(original: Callable[..., Any]) -> Callable[..., Any]:
         state = pipeline_state(get_model_config(model[0] if isinstance(model, list) else model))
         if state is None:
             return original(*args, **kwargs)
-        with state.running(arguments["num_microbatches"], bool(arguments.get("forward_only"))):
+        with state.running(arguments["num_microbatches"]):
             return original(*args, **kwargs)
 
     return schedule

@@ -37,8 +37,7 @@ class StreamsCommunicator(P2PCommunicator):
         self._links = Links.of(pp_group, wraps, "schedule")
         if state.split:
             receives = state.receives(self.is_pp_first_stage, self.virtual_pipeline_model_parallel_size or 1)
-            links = Links.of(pp_group, wraps, "streams")
-            state.channel = SideChannel(links, receives, ahead=0 if wraps else 1, holds=wraps and state.holds_streams)
+            state.channel = SideChannel(Links.of(pp_group, wraps, "streams"), receives, interleaved=wraps)
 
     def _communicate(
         self,
@@ -81,38 +80,40 @@ class StreamsCommunicator(P2PCommunicator):
     ) -> tuple[torch.Tensor | None, torch.Tensor | None, dict[str, Any] | None]:
         """Megatron's ``_communicate`` on links: what is received from the previous and the next stage, and handles."""
         channel, dtype = state.channel if state.split else None, self.config.pipeline_dtype
+        for tensor in (to_next, to_prev):
+            if tensor is not None and tensor.dtype != dtype:
+                raise RuntimeError(
+                    f"mHC: a pipeline stage sends {tensor.dtype}, but the next one receives {dtype}: set pipeline_dtype "
+                    "of the TransformerConfig to the dtype of the streams"
+                )
         narrow, wide = _shapes(tensor_shape, state, dtype) if from_prev or from_next else ((), ())
-        own = wide if channel is None else narrow
+        wanted = [direction for direction, there in ((FORWARD, from_prev), (BACKWARD, from_next)) if there]
+        # All memory first (`Links.buffer`).
+        own = {way: links.buffer(wide if channel is None else narrow, dtype, requires_grad=True) for way in wanted}
+        streams = channel.buffers(wide, dtype) if channel is not None and from_prev else []
+        gradient = links.buffer(wide, dtype) if channel is not None and from_next else None
+
         handles: dict[str, Any] = {}
-        received: dict[int, torch.Tensor] = {}
-        # Streams before the schedule's own tensor: they leave earlier, too.
-        streams = channel.receive_streams(wide, dtype) if channel is not None and from_prev else None
-        for direction, name, wanted in ((FORWARD, "recv_prev", from_prev), (BACKWARD, "recv_next", from_next)):
-            if wanted:
-                received[direction], handles[name] = links.receive(direction, own, dtype, requires_grad=True)
-        if channel is not None and to_next is not None:
-            channel.send_held()
-        for direction, name, tensor in ((FORWARD, "send_next", to_next), (BACKWARD, "send_prev", to_prev)):
-            if tensor is not None:
-                if tensor.dtype != dtype:
-                    raise RuntimeError(
-                        f"mHC: a pipeline stage sends {tensor.dtype}, but the next one receives {dtype}: set pipeline_dtype "
-                        "of the TransformerConfig to the dtype of the streams"
-                    )
-                links.send(direction, tensor.detach())
-                handles[name] = NoWait()
+        if channel is not None and from_prev:  # before the schedule's own tensor: they leave earlier, too
+            accompany(own[FORWARD], channel.receive_streams(streams))
+        for way in wanted:
+            handles["recv_prev" if way == FORWARD else "recv_next"] = links.receive(way, own[way]).work
+        if channel is not None and gradient is not None:
+            accompany(own[BACKWARD], channel.receive_gradient(gradient))
+        if to_next is not None:
+            links.send(FORWARD, to_next.detach())
+            handles["send_next"] = NoWait()
+            if channel is not None:
+                channel.send_held()
+        if to_prev is not None:
+            links.send(BACKWARD, to_prev.detach())
+            handles["send_prev"] = NoWait()
+            if channel is not None:
+                channel.send_gradient()
         if wait:
             for handle in handles.values():
                 handle.wait()
-        if channel is not None:
-            # Gradients of streams after that of y, which is needed first.
-            if to_prev is not None:
-                channel.send_gradient()
-            if from_next:
-                accompany(received[BACKWARD], channel.receive_gradient(wide, dtype))
-            if streams is not None:
-                accompany(received[FORWARD], streams)
-        return received.get(FORWARD), received.get(BACKWARD), None if wait else handles
+        return own.get(FORWARD), own.get(BACKWARD), None if wait else handles
 
 
 def _shapes(

@@ -71,14 +71,15 @@ class Links:
         group, to = self._link(direction, self._stage)
         self.sends.keep(dist.isend(tensor, self._ranks[to], group), tensor)
 
-    def receive(
-        self, direction: int, shape: tuple[int, ...], dtype: torch.dtype, requires_grad: bool = False
-    ) -> Arrival:
+    def buffer(self, shape: tuple[int, ...], dtype: torch.dtype, requires_grad: bool = False) -> Tensor:
+        """What `receive` takes. Make all that are needed before anything is posted: where memory is short, PyTorch gives some
+        back to CUDA, which waits for all that is under way on the GPU."""
+        return torch.empty(shape, dtype=dtype, device=torch.cuda.current_device(), requires_grad=requires_grad)
+
+    def receive(self, direction: int, tensor: Tensor) -> Arrival:
         """Receive from the previous stage (FORWARD) or the next one."""
         sender = (self._stage + (1 if direction == BACKWARD else -1)) % self._stages
         group, _ = self._link(direction, sender)
-        device = torch.cuda.current_device()
-        tensor = torch.empty(shape, dtype=dtype, device=device, requires_grad=requires_grad)
         return Arrival(tensor, dist.irecv(tensor, self._ranks[sender], group))
 
     def _link(self, direction: int, sender: int) -> tuple[dist.ProcessGroup, int]:
@@ -97,7 +98,7 @@ class Links:
                 if self._stage == sender:
                     self.send(direction, torch.zeros(1, device=torch.cuda.current_device()))
                 elif self._stage == receiver:
-                    self.receive(direction, (1,), torch.float32).wait()
+                    self.receive(direction, self.buffer((1,), torch.float32)).wait()
 
 
 def group_of(sender: int, stages: int, wraps: bool, eager: bool) -> int:

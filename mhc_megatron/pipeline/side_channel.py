@@ -3,18 +3,15 @@
 On every link, streams go in the order of the schedule's own tensors: a stage's forward passes (backward passes) come in the
 order in which it sends their results, and the receiver posts its receives in the order of the schedule's.
 
-Without an interleaved schedule, a receive of streams is posted one transfer ahead of the schedule's own, if it is known how many
-there will be: the schedule posts a receive only after the pass that precedes it, and the streams would start no earlier than
-what follows them. This holds one tensor more.
+Without an interleaved schedule, streams leave before the chunk's last sublayer runs, and a receive of them is posted one transfer
+ahead of the schedule's own, if it is known how many there will be: the schedule posts a receive only after the pass that precedes
+it, and the streams would start no earlier than what follows them. This holds one tensor more.
 
-**Kernels that are loaded late.** CUDA loads a kernel when it is first launched (a MoE's tokens may ask for another matrix product
-at any step), and that waits for all that is under way on the GPU, transfers too. So nothing may be under way that ends only when
-this rank goes on. 1F1B fulfils that, posting ahead included. In an interleaved schedule each of two ranks may be in the middle of
-a pass whose streams the other one receives after its own pass: if both load a kernel then, both wait for ever. So there
-
-* nothing is posted ahead: what is received then may depend on the pass that this rank is in;
-* the streams leave with the schedule's own tensor (`holds`), unless kernels are loaded at the start (CUDA_MODULE_LOADING=EAGER),
-  and also then in a schedule's first run: `state.holds_streams`.
+**Waiting for the whole GPU.** Much may do so in the middle of a pass: CUDA where it loads a kernel, at its first launch (a MoE's
+tokens may ask for another matrix product at any step); PyTorch's allocator where memory is short; a timer. So nothing may be
+under way that ends only when this rank goes on. 1F1B fulfils that, posting ahead included. In an interleaved schedule two ranks
+may be in the middle of passes whose streams the other one receives after its own pass: if both wait for their GPUs then, they
+wait for ever. So there the streams leave with the schedule's own tensor (`send_held`), and receives are posted with its.
 
 tests/unit/test_transfer_order.py plays this for every pass of every rank.
 """
@@ -28,40 +25,50 @@ from torch import Tensor
 
 from mhc_megatron.pipeline.links import BACKWARD, FORWARD, Arrival, Links
 
+_AHEAD = 1
+
 
 class SideChannel:
     """One schedule's streams on ``links``.
 
-    receives: how many receives of streams this rank's schedule posts in all; None if that is not known. ahead: how many of them
-    are posted before the schedule's own. holds: whether streams leave only with the schedule's own tensor.
+    receives: how many receives of streams this rank's schedule posts in all; None if that is not known. interleaved: whether that
+    schedule is.
     """
 
-    def __init__(self, links: Links, receives: int | None, ahead: int = 1, holds: bool = False):
-        self.links, self._ahead, self._holds = links, ahead, holds
-        self._left = receives
+    def __init__(self, links: Links, receives: int | None, interleaved: bool = False):
+        self.links, self._interleaved = links, interleaved
+        self._left = None if interleaved else receives
         self._arriving: deque[Arrival] = deque()
         self._held: deque[Tensor] = deque()
         self._gradients: deque[Tensor] = deque()
 
     def send_streams(self, tensor: Tensor) -> None:
-        """Send ``H_res @ x`` to the next stage: now, or with the pass's result."""
-        if self._holds:
+        """Send ``H_res @ x`` to the next stage: now, or in an interleaved schedule when it sends the pass's result."""
+        if self._interleaved:
             self._held.append(tensor)
         else:
             self.links.send(FORWARD, tensor)
 
     def send_held(self) -> None:
-        """The schedule sends a pass's result: what was held goes, too."""
-        while self._held:
-            self.links.send(FORWARD, self._held.popleft())
+        """The schedule sends a pass's result: what was held goes, too.
 
-    def receive_streams(self, shape: tuple[int, ...], dtype: torch.dtype) -> Arrival:
+        Raises:
+            RuntimeError: if the schedule's sends and the forward passes are not one to one.
+        """
+        if self._interleaved:
+            streams = _only(self._held, "streams")
+            self.links.send(FORWARD, streams)
+
+    def buffers(self, shape: tuple[int, ...], dtype: torch.dtype) -> list[Tensor]:
+        """For what the next `receive_streams` posts."""
+        count = 1 if self._left is None else min(self._left, _AHEAD + 1 - len(self._arriving))
+        return [self.links.buffer(shape, dtype) for _ in range(count)]
+
+    def receive_streams(self, buffers: list[Tensor]) -> Arrival:
         """Receive the previous stage's, and post what may be posted ahead."""
-        if self._left is None:
-            return self.links.receive(FORWARD, shape, dtype)
-        while self._left and len(self._arriving) <= self._ahead:
-            self._arriving.append(self.links.receive(FORWARD, shape, dtype))
-            self._left -= 1
+        self._arriving.extend(self.links.receive(FORWARD, buffer) for buffer in buffers)
+        if self._left is not None:
+            self._left -= len(buffers)
         return self._arriving.popleft()
 
     def queue_gradient(self, tensor: Tensor) -> None:
@@ -74,13 +81,17 @@ class SideChannel:
         Raises:
             RuntimeError: if the schedule's sends and the backward passes are not one to one.
         """
-        if len(self._gradients) != 1:
-            raise RuntimeError(
-                f"mHC: {len(self._gradients)} gradients of streams where the pipeline schedule sends one; use "
-                "--mhc-pipeline-comm wide, and report it"
-            )
-        self.links.send(BACKWARD, self._gradients.popleft())
+        gradient = _only(self._gradients, "gradients of streams")
+        self.links.send(BACKWARD, gradient)
 
-    def receive_gradient(self, shape: tuple[int, ...], dtype: torch.dtype) -> Arrival:
+    def receive_gradient(self, buffer: Tensor) -> Arrival:
         """Receive the next stage's."""
-        return self.links.receive(BACKWARD, shape, dtype)
+        return self.links.receive(BACKWARD, buffer)
+
+
+def _only(waiting: deque[Tensor], what: str) -> Tensor:
+    if len(waiting) != 1:
+        raise RuntimeError(
+            f"mHC: {len(waiting)} {what} where the pipeline schedule sends one; use --mhc-pipeline-comm wide, and report it"
+        )
+    return waiting.popleft()

@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-import torch
 from megatron.core.pipeline_parallel.utils import is_pp_last_stage, is_vp_last_stage
 from megatron.core.utils import log_single_rank
 
@@ -34,24 +33,19 @@ class PipelineState:
         self.num_streams, self.split, self.links = num_streams, split, links
         self.channel: SideChannel | None = None
         self.microbatches: int | None = None
-        self._kind: bool | None = None
-        self._have_run: set[bool] = set()
 
     @contextlib.contextmanager
-    def running(self, microbatches: int, forward_only: bool) -> Iterator[None]:
-        """While a schedule runs."""
-        self.microbatches, self._kind = microbatches, forward_only
+    def running(self, microbatches: int) -> Iterator[None]:
+        """While a schedule runs, perhaps inside another one."""
+        outer = self.microbatches, self.channel
+        self.microbatches = microbatches
         try:
             yield
-            self._have_run.add(forward_only)
         finally:
-            self.microbatches = self._kind = None
-
-    @property
-    def holds_streams(self) -> bool:
-        """Whether the schedule that is running may load kernels, and streams must not be under way meanwhile (`side_channel`): a
-        first one, of training or of evaluation, does, and any where CUDA loads them lazily."""
-        return loads_lazily() or self._kind not in self._have_run
+            if outer[0] is None:
+                self.microbatches = None
+            else:
+                self.microbatches, self.channel = outer
 
     def receives(self, first_stage: bool, chunks: int) -> int | None:
         """How often a rank with so many chunks receives activations from the previous stage."""
@@ -103,22 +97,9 @@ def splits(mhc_config: MHCConfig, config: Any) -> bool:
     if reason is not None:
         _report(f"wide instead of split: {reason}")
         return False
-    late = config.virtual_pipeline_model_parallel_size is not None and loads_lazily()
-    _report(
-        "split, the streams on a side channel "
-        + (
-            "after the last sublayer of a chunk: an interleaved schedule could hang where CUDA loads kernels lazily; with "
-            "CUDA_MODULE_LOADING=EAGER in the environment they leave before it"
-            if late
-            else "while the last sublayer of a chunk runs"
-        )
-    )
+    when = "after" if config.virtual_pipeline_model_parallel_size is not None else "while"
+    _report(f"split, the streams on a side channel {when} the last sublayer of a chunk runs")
     return True
-
-
-def loads_lazily() -> bool:
-    """Whether CUDA may load a kernel in the middle of a run."""
-    return torch.cuda.is_available() and os.environ.get("CUDA_MODULE_LOADING") != "EAGER"
 
 
 def why_not_split(config: Any) -> str | None:
@@ -134,6 +115,8 @@ def why_not_own_links(config: Any) -> str | None:
         return "variable_seq_lengths: a tensor's size is not known before it arrives"
     if config.use_ring_exchange_p2p:
         return "use_ring_exchange_p2p has no links between two stages"
+    if os.environ.get("CUDA_LAUNCH_BLOCKING") == "1":
+        return "CUDA_LAUNCH_BLOCKING=1: a host that waits for a transfer can't start the next one"
     if config.pipeline_model_parallel_comm_backend == "ucc":
         return "pipeline_model_parallel_comm_backend 'ucc': its groups are Megatron's to make"
     return None

@@ -48,8 +48,9 @@ def stage_memory(run: Run, stage: int) -> StageMemory:
     activations, in_flight = peak(stage_order(run, stage), [chunk_pass(run, chunk, length) for chunk in chunks])
     count = rank_count(run, chunks)
     layers = sum(chunk.layers for chunk in chunks)
-    # One tensor that a neighbour has sent ahead, a direction; of split transfers' streams another one.
-    tensors = 3 if run.mhc is not None and run.mhc.pipeline_comm == "split" else 2
+    # One tensor that a neighbour has sent ahead, a direction; without interleaving, of split transfers' streams another one.
+    split = run.mhc is not None and run.mhc.pipeline_comm == "split"
+    tensors = 3 if split and run.chunks_per_stage == 1 else 2
     buffers = tensors * stream_bytes(run) if run.stages > 1 else 0
     return StageMemory(stage, layers, count, static_memory(run, count), activations, in_flight, buffers, length)
 

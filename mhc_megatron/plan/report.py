@@ -18,7 +18,7 @@ from mhc_megatron.plan.schedule import Schedule, exchange, step_times
 from mhc_megatron.plan.traffic import boundary_bytes, chunk_seconds, kernel_traffic
 
 MODES = ("residual", "mhc", "recompute")
-KINDS = ("residual", "wide-stock", "wide", "split-late", "split")
+KINDS = ("residual", "wide-stock", "wide", "split")
 
 
 def plan(
@@ -74,8 +74,6 @@ def simulated(run: Run, gpu: Gpu, utilization: float, links: Sequence[float]) ->
     rows = []
     for bandwidth in links:
         for kind in KINDS:
-            if kind == "split-late" and run.chunks_per_stage == 1:
-                continue
             hidden = boundary_bytes(run)["residual"]
             crossing = exchange(kind, hidden, wide.streams, run.residual_tokens, run.chunks_per_stage)
             schedule = Schedule(

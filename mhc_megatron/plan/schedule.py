@@ -122,9 +122,8 @@ def exchange(kind: str, hidden: float, streams: int, tokens: float, chunks: int 
     """What crosses a boundary with one kind of communication, as fields of a `Schedule` with so many chunks a rank.
 
     kind: ``residual`` (C a token), ``wide-stock`` (n*C, as stock Megatron would send it), ``wide`` (n*C, no send waits),
-    ``split`` (C and H_post, n float32, on the schedule; n*C on the side channel), ``split-late`` (as split, but streams leave
-    after the chunk's last sublayer: interleaved schedules where CUDA loads kernels lazily, `mhc_megatron.pipeline.side_channel`).
-    hidden: bytes of C values of all ``tokens`` of a microbatch.
+    ``split`` (C and H_post, n float32, on the schedule; n*C on the side channel, early without interleaving). hidden: bytes of C
+    values of all ``tokens`` of a microbatch.
 
     Raises:
         ValueError: for another kind.
@@ -133,11 +132,12 @@ def exchange(kind: str, hidden: float, streams: int, tokens: float, chunks: int 
         return {"transfer": hidden, "send_waits": True}
     if kind in ("wide", "wide-stock"):
         return {"transfer": streams * hidden, "send_waits": kind == "wide-stock"}
-    if kind in ("split", "split-late"):
-        side = {"side": streams * hidden, "side_ahead": 1 if chunks == 1 else 0}
-        late = {"forward_share": 0.0} if kind == "split-late" else {}
-        return {"transfer": hidden + 4 * streams * tokens, **side, **late, "send_waits": False}
-    raise ValueError(f"no kind of pipeline communication {kind!r}; residual, wide-stock, wide, split, split-late exist")
+    if kind == "split":
+        early = {"side_ahead": 1} if chunks == 1 else {"forward_share": 0.0}
+        return {
+            "transfer": hidden + 4 * streams * tokens, "side": streams * hidden, **early, "send_waits": False
+        }  # fmt: skip
+    raise ValueError(f"no kind of pipeline communication {kind!r}; residual, wide-stock, wide and split exist")
 
 
 def simulate(schedule: Schedule) -> Result:

@@ -101,7 +101,6 @@ def _pipeline(plan: dict[str, Any]) -> list[str]:
         f"A pipeline boundary, one microbatch and direction: residual {mib['residual']:.1f} MiB, wide {mib['wide']:.1f}, split "
         f"{mib['split']:.1f} + {mib['split_side']:.1f} on the side channel.",
         "Simulated step, and how much of its communication is exposed (ms):",
-        *(["split with CUDA_MODULE_LOADING=EAGER, split-late without"] if "split-late" in _kinds(plan) else []),
         "link GB/s" + "".join(f"{kind:>22}" for kind in _kinds(plan)),
     ]
     for link in dict.fromkeys(row["link"] for row in plan["pipeline"]):

@@ -17,16 +17,8 @@ pytestmark = [
 ]
 
 
-INTERLEAVED = [layout for layout in pipeline.LAYOUTS if "vpp" in layout]
-
-
-@pytest.mark.parametrize(
-    ("layout", "loading"),
-    [*((layout, "LAZY") for layout in pipeline.LAYOUTS), *((layout, "EAGER") for layout in INTERLEAVED)],
-)
-def test_many_steps(layout: str, loading: str, tmp_path: Path, hooks: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """loading: of kernels; in interleaved schedules it decides when streams leave."""
-    monkeypatch.setenv("CUDA_MODULE_LOADING", loading)  # the ranks start anew
+@pytest.mark.parametrize("layout", pipeline.LAYOUTS)
+def test_many_steps(layout: str, tmp_path: Path, hooks: None, monkeypatch: pytest.MonkeyPatch) -> None:
     processes, sizes, settings = pipeline.LAYOUTS[layout]
     if not has_gpus(processes):
         pytest.skip(f"needs {processes} CUDA GPUs (or MHC_SHARE_GPU=1)")

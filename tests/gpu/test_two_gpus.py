@@ -43,19 +43,14 @@ LAYOUTS = {
     "pp2-vpp2-recompute": "--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1 "
     "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1",
 }
-# Streams leave before a chunk's last sublayer in interleaved schedules, too.
-LAYOUTS["pp2-vpp2-split-early"] = LAYOUTS["pp2-vpp2-split"]
-ENVIRONMENTS = {"pp2-vpp2-split-early": {"CUDA_MODULE_LOADING": "EAGER"}}
 ON_FOUR = {
     "pp2-tp2-sp-split": LAYOUTS["pp2-split"] + " " + LAYOUTS["tp2-sp"],
     "pp2-vpp2-ep2-split": LAYOUTS["pp2-vpp2-split"] + " " + LAYOUTS["ep2"],
 }
 
 
-def train(
-    arguments: list[str], processes: int, *, launcher: bool = True, settings: dict[str, str] | None = None
-) -> dict[int, float]:
-    """The losses of a run, by iteration: of the training script under the launcher, or alone. settings: of the environment."""
+def train(arguments: list[str], processes: int, *, launcher: bool = True) -> dict[int, float]:
+    """The losses of a run, by iteration: of the training script under the launcher, or alone."""
     shared = processes > torch.cuda.device_count()
     nodes = processes if shared else 1
     with socket.socket() as probe:
@@ -68,7 +63,7 @@ def train(
         logs = [stack.enter_context(tempfile.TemporaryFile("w+")) for _ in range(nodes)]
         started = []
         for node, log in enumerate(logs):
-            environment = os.environ | (shared_gpu_environment(node) if shared else {}) | (settings or {})
+            environment = os.environ | (shared_gpu_environment(node) if shared else {})
             command = [*run, f"--node-rank={node}", *job]
             started.append(subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, text=True, env=environment))
             stack.callback(_end, started[-1])
@@ -115,8 +110,7 @@ def test_layout_equals_one_gpu(layout: str, arguments: list[str], one_gpu: dict[
     processes = 4 if layout in ON_FOUR else 2
     if not has_gpus(processes):
         pytest.skip(f"needs {processes} CUDA GPUs (or MHC_SHARE_GPU=1)")
-    settings = ENVIRONMENTS.get(layout)
-    losses = train([*arguments, *{**LAYOUTS, **ON_FOUR}[layout].split()], processes, settings=settings)
+    losses = train([*arguments, *{**LAYOUTS, **ON_FOUR}[layout].split()], processes)
     print(f"{layout}: {losses} against {one_gpu}")
     assert losses.keys() == one_gpu.keys() == set(range(1, ITERATIONS + 1))
     assert losses[1] == pytest.approx(one_gpu[1], rel=1e-3)

@@ -116,17 +116,16 @@ def test_split_is_not_slower_than_wide() -> None:
         share, n = choose.uniform(0.1, 0.8), 4
         hidden = min(shape["forward"], shape["backward"]) * share * choose.uniform(0.05, 1) / n
         exposed = {}
-        for kind in ("residual", "wide-stock", "wide", "split-late", "split"):
+        for kind in ("residual", "wide-stock", "wide", "split"):
             crossing: Any = exchange(kind, hidden, n, 0, shape["chunks"])
             schedule = Schedule(**{**shape, "forward_share": share, "backward_share": share, **crossing})
             exposed[kind] = simulate(schedule).exposed
-        assert exposed["split"] <= exposed["split-late"] + 1e-9
         assert exposed["split"] <= exposed["wide"] + 1e-9 <= exposed["wide-stock"] + 2e-9
         assert exposed["wide-stock"] == pytest.approx(n * exposed["residual"], rel=0.5)
 
 
 @pytest.mark.parametrize(("chunks", "group"), [(1, None), (2, None), (2, 5)])
-@pytest.mark.parametrize("kind", ["wide-stock", "split-late", "split"])
+@pytest.mark.parametrize("kind", ["wide-stock", "split"])
 def test_long_steps(kind: str, chunks: int, group: int | None) -> None:
     """What is extrapolated is what the whole simulation gives."""
     crossing: Any = exchange(kind, 0.05, 4, 0, chunks)

@@ -161,6 +161,22 @@ def test_a_gradient_without_a_send_is_an_error() -> None:
         loop.send_gradient()
 
 
+def test_passes_without_a_send_are_an_error() -> None:
+    links: Any = None
+    channel = SideChannel(links, None, interleaved=True)
+    for _ in range(2):
+        channel.send_streams(torch.zeros(1))
+    with pytest.raises(RuntimeError, match=r"2 streams where .* sends one; use --mhc-pipeline-comm wide"):
+        channel.send_held()
+
+
+def test_no_links_where_the_host_waits_for_every_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_LAUNCH_BLOCKING", "1")
+    config = models.make_config(pipeline_model_parallel_size=2, pipeline_dtype=torch.float32)
+    state = share_pipeline(config, MHCConfig(pipeline_comm="split"))
+    assert (state.links, state.split) == (False, False)
+
+
 @pytest.mark.parametrize(
     ("settings", "chosen", "says"),
     [

@@ -1,5 +1,5 @@
 """Megatron's own schedules, one rank after another, with recorded links: what is sent is received by the pass that needs it, and
-nothing waits in a ring, whatever NCCL runs one after the other and wherever CUDA loads a kernel."""
+nothing waits in a ring, whatever NCCL runs one after the other and wherever a rank waits for its whole GPU."""
 
 from __future__ import annotations
 
@@ -33,7 +33,8 @@ class Link(NamedTuple):
 
 
 class Event(NamedTuple):
-    """What a rank does: "send", "receive", "wait" (for its receive with that number) or "compute": a part of a pass."""
+    """What a rank does: "send", "receive", "wait" (for its receive with that number) or "compute": a part of a pass, or
+    memory for it."""
 
     kind: str
     link: Link | None = None
@@ -55,12 +56,16 @@ class Recorder:
         at = getattr(tensor, "at", self.at)  # streams may leave later than their pass
         self.events.append(Event("send", Link(self.purpose, direction, self.rank, to), at=at))
 
-    def receive(self, direction: int, shape: Any, dtype: torch.dtype, requires_grad: bool = False) -> Arrival:
+    def buffer(self, shape: Any, dtype: torch.dtype, requires_grad: bool = False) -> Tensor:
+        self.events.append(Event("compute"))
+        return torch.zeros(1, dtype=dtype, requires_grad=requires_grad)
+
+    def receive(self, direction: int, tensor: Tensor) -> Arrival:
         number = len(self.events)
         sender = (self.rank + (1 if direction == BACKWARD else -1)) % self.stages
         self.events.append(Event("receive", Link(self.purpose, direction, sender, self.rank), number))
         work = SimpleNamespace(wait=lambda: self.events.append(Event("wait", None, number, self.at)))
-        return Arrival(torch.zeros(1, dtype=dtype, requires_grad=requires_grad), work)
+        return Arrival(tensor, work)
 
 
 class Chunk(torch.nn.Module):
@@ -143,8 +148,7 @@ def shapes() -> list[Shape]:
     return [*found, Shape(8, 1, 9, None, False, False, False, "split"), Shape(8, 2, 16, 8, True, True, False, "split")]
 
 
-def record(shape: Shape, rank: int, holds: bool, monkeypatch: pytest.MonkeyPatch) -> list[Event]:
-    monkeypatch.setattr(PipelineState, "holds_streams", holds)
+def record(shape: Shape, rank: int, monkeypatch: pytest.MonkeyPatch) -> list[Event]:
     interleaved = shape.chunks > 1
     config = TransformerConfig(
         num_layers=shape.stages * shape.chunks,
@@ -169,7 +173,7 @@ def record(shape: Shape, rank: int, holds: bool, monkeypatch: pytest.MonkeyPatch
     last = shape.stages * shape.chunks - 1
     chunks = [Chunk(config, i * shape.stages + rank, last, made["streams"]) for i in range(shape.chunks)]
     name = "with" if interleaved else "without"
-    with state.running(shape.microbatches, shape.forward_only):
+    with state.running(shape.microbatches):
         getattr(schedules, f"forward_backward_pipelining_{name}_interleaving")(
             forward_step_func=lambda _, chunk: (chunk(), lambda output: (output.sum(), {})),
             data_iterator=[None] * shape.chunks if interleaved else None,
@@ -182,7 +186,7 @@ def record(shape: Shape, rank: int, holds: bool, monkeypatch: pytest.MonkeyPatch
             pg_collection=groups,
         )
     if state.channel is not None:
-        assert state.channel._left == 0
+        assert not state.channel._left
         for queue in (state.channel._arriving, state.channel._held, state.channel._gradients):
             assert not queue
     return events
@@ -213,25 +217,24 @@ def unfinished(
     wraps: bool,
     eager: bool = False,
     one_queue: bool = False,
-    loads: Callable[[int, int], bool] = lambda rank, number: False,
+    waits: bool = False,
 ) -> int:
     """How many operations are never done, if each rank has a compute stream, and a stream for all of a communicator's transfers.
 
     A transfer starts when what its rank computes before it is done and its stream is free; it ends when its other end starts.
-    one_queue: and when all that its rank has launched before has started (CUDA_DEVICE_MAX_CONNECTIONS=1). loads: whether this
-    computation of a rank's starts with the loading of a kernel: it waits for all that the rank has launched, and the rank's host
-    for it.
+    one_queue: and when all that its rank has launched before has started (CUDA_DEVICE_MAX_CONNECTIONS=1). waits: whether every
+    computation starts with the rank's host waiting for its whole GPU (a kernel that is loaded, memory given back, a timer).
     """
     queues: dict[Any, deque] = defaultdict(deque)  # of operations: name, what it needs, the transfer it is an end of
     for rank, events in enumerate(ranks):
         count: Counter = Counter()
         latest: dict[Any, Any] = {}  # of each stream; None: of the compute stream
-        loaded: Any = None
+        waited: Any = None
         for number, event in enumerate(events):
-            link, name, needs = event.link, (rank, number), {latest.get(None), loaded}
-            if event.kind == "compute" and loads(rank, number):
+            link, name, needs = event.link, (rank, number), {latest.get(None), waited}
+            if event.kind == "compute" and waits:
                 needs.update((rank, earlier) for earlier in range(number))
-                loaded = name
+                waited = name
             stream: Any = None
             transfer = None
             if link is not None:
@@ -258,44 +261,29 @@ def unfinished(
 
 
 @pytest.fixture
-def recorded(monkeypatch: pytest.MonkeyPatch) -> Callable[[Shape, bool], list[list[Event]]]:
+def recorded(monkeypatch: pytest.MonkeyPatch) -> Callable[[Shape], list[list[Event]]]:
     monkeypatch.setattr(utils, "get_pg_rank", lambda group: group.rank())
     monkeypatch.setattr(utils, "get_pg_size", lambda group: group.size())
     monkeypatch.setattr(torch.distributed, "get_global_rank", lambda group, rank: rank)
-    return lambda shape, holds: [record(shape, rank, holds, monkeypatch) for rank in range(shape.stages)]
+    return lambda shape: [record(shape, rank, monkeypatch) for rank in range(shape.stages)]
 
 
-@pytest.mark.parametrize("holds", [False, True])
-def test_transfers_meet_and_none_waits_for_ever(holds: bool, recorded: Callable) -> None:
+def test_transfers_meet(recorded: Callable) -> None:
     for shape in shapes():
-        ranks = recorded(shape, holds)
         try:
-            check_partners(ranks)
+            check_partners(recorded(shape))
         except AssertionError as error:
             raise AssertionError(shape) from error
+
+
+@pytest.mark.parametrize("waits", [False, True])
+def test_no_rank_waits_for_ever(waits: bool, recorded: Callable) -> None:
+    for shape in shapes():
+        ranks = recorded(shape)
         for eager, one_queue in itertools.product((False, True), repeat=2):
-            stuck = unfinished(ranks, shape.stages, shape.chunks > 1, eager, one_queue)
+            stuck = unfinished(ranks, shape.stages, shape.chunks > 1, eager, one_queue, waits)
             connected = "eagerly" if eager else "at the first transfer"
             assert not stuck, f"{shape}, NCCL connected {connected}, {'one queue' if one_queue else 'many queues'}"
-
-
-def test_any_computation_may_load_a_kernel(recorded: Callable) -> None:
-    """Even every one, as in a first step."""
-    for shape in shapes():
-        ranks = recorded(shape, True)
-        assert not unfinished(ranks, shape.stages, shape.chunks > 1, loads=lambda rank, number: True), shape
-
-
-def test_one_rank_may_load_a_kernel_while_streams_leave_early(recorded: Callable) -> None:
-    """With kernels loaded at the start none should; a single late one does no harm."""
-    for shape in (shape for shape in shapes() if shape.comm == "split" and shape.chunks > 1 and shape.stages < 4):
-        ranks = recorded(shape, False)
-        for rank, events in enumerate(ranks):
-            for number in (number for number, event in enumerate(events) if event.kind == "compute"):
-                stuck = unfinished(
-                    ranks, shape.stages, shape.chunks > 1, loads=lambda *at, this=(rank, number): at == this
-                )
-                assert not stuck, f"{shape}, rank {rank} at {number}"
 
 
 @pytest.mark.parametrize("stages", range(2, 9))
@@ -323,29 +311,24 @@ def test_two_stages_in_a_ring_have_four_groups() -> None:
     assert {links._link(direction, sender)[0] for direction in (FORWARD, BACKWARD) for sender in (0, 1)} == set("abcd")
 
 
-@pytest.mark.parametrize(("ahead", "expected"), [(0, [1, 2, 3, 4]), (1, [2, 3, 4, 4])])
-def test_one_receive_is_posted_ahead(ahead: int, expected: list[int]) -> None:
+@pytest.mark.parametrize(("interleaved", "expected"), [(True, [1, 2, 3, 4]), (False, [2, 3, 4, 4])])
+def test_one_receive_is_posted_ahead(interleaved: bool, expected: list[int]) -> None:
     """Each one ahead holds a tensor of n*C values a token."""
     events: list[Event] = []
-    channel = SideChannel(Recorder(events, 1, 2, "streams"), receives=4, ahead=ahead)
+    channel = SideChannel(Recorder(events, 1, 2, "streams"), receives=4, interleaved=interleaved)
     posted = []
     for _ in range(4):
-        channel.receive_streams((1,), torch.float32)
-        posted.append(len(events))
+        channel.receive_streams(channel.buffers((1,), torch.float32))
+        posted.append(sum(event.kind == "receive" for event in events))
     assert posted == expected
 
 
-def test_streams_are_held_in_a_first_run_and_where_kernels_load_late(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_schedule_inside_another_one() -> None:
     state = PipelineState(4, split=True)
-    held = []
-    for forward_only in (False, False, True, True, False):
-        with state.running(2, forward_only):
-            held.append(state.holds_streams)
-    assert held == [True, False, True, False, False]
-    with pytest.raises(KeyError), PipelineState(4, split=True).running(2, False):
-        raise KeyError  # a run that did not end
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    for setting, lazily in (("LAZY", True), ("EAGER", False)):
-        monkeypatch.setenv("CUDA_MODULE_LOADING", setting)
-        with state.running(2, False):
-            assert state.holds_streams == lazily
+    with state.running(2):
+        state.channel = outer = SideChannel(Recorder([], 0, 2, "streams"), None)
+        with pytest.raises(KeyError), state.running(3):
+            state.channel = SideChannel(Recorder([], 0, 2, "streams"), None)
+            raise KeyError
+        assert (state.microbatches, state.channel) == (2, outer)
+    assert state.microbatches is None
