@@ -11,7 +11,7 @@ TOKENS, WIDTH = 70, 48
 
 
 def main() -> None:
-    for n in (4, 3, 5):
+    for n in (4, 3, 5, 8):
         rows = n * n + 2 * n
         x, y = (
             torch.randn(TOKENS, *shape, device="cuda").bfloat16().requires_grad_() for shape in ((n, WIDTH), (WIDTH,))
