@@ -55,7 +55,7 @@ class Links:
         apart = {group_of(sender, self._stages, wraps, _eager()) for sender in range(self._stages)}
         self._wraps = wraps
         self._groups = [[_like(group) for _ in apart] for _ in (FORWARD, BACKWARD)]
-        self.sends = Sends()
+        self.sends = (Sends(), Sends())
         self._connect(wraps)
 
     @classmethod
@@ -69,7 +69,7 @@ class Links:
     def send(self, direction: int, tensor: Tensor) -> None:
         """Send to the next stage (FORWARD) or the previous one, as soon as what is launched now is done. Nobody waits."""
         group, to = self._link(direction, self._stage)
-        self.sends.keep(dist.isend(tensor, self._ranks[to], group), tensor)
+        self.sends[direction].keep(dist.isend(tensor, self._ranks[to], group), tensor)
 
     def buffer(self, shape: tuple[int, ...], dtype: torch.dtype, requires_grad: bool = False) -> Tensor:
         """What `receive` takes. Make all that are needed before anything is posted: where memory is short, PyTorch gives some

@@ -16,7 +16,7 @@ class NoWait:
 
 
 class Sends:
-    """Tensors under way, each with the handle of its send."""
+    """Tensors under way in one direction, each with the handle of its send: they arrive in order."""
 
     def __init__(self) -> None:
         self._under_way: deque[tuple[Any, Tensor]] = deque()
