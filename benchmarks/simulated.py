@@ -58,7 +58,9 @@ def simulated(settings: dict[str, Any], vpp: int, kind: str, local: float, laten
             bandwidth=settings["gb_per_s"] * 1e9,
             latency=latency,
             chunks=vpp,
-            **{"forward_share": share, "backward_share": share, **crossing},
+            forward_share=share,
+            backward_share=share,
+            **crossing,
         )
     )
 

@@ -27,16 +27,19 @@ class _Block:
         # Storage, size and version of what the last boundary returned.
         self.last: tuple[StorageWeakRef, int, int] | None = None
         self.streams: dict[int, Tensor] = {}
-        self.ending: int | None = None  # the pass of the autograd engine at whose end `end` is called
+        self.ending: int | None = None  # the pass of the autograd engine that has called `begin`
+
+    def begin(self) -> None:
+        """In a pass of the autograd engine: its end will forget what it makes; what a failed one has left is forgotten now."""
+        this = torch._C._current_graph_task_id()
+        if self.ending != this:
+            self.streams.clear()
+            # Not when the first boundary is done: a pass may end before it comes to that.
+            torch.autograd.Variable._execution_engine.queue_callback(self.end)
+            self.ending = this
 
     def compute(self, count: int, mix: Callable[[Any, Tensor | None], Tensor]) -> None:
         """Fill in the streams 1 to ``count``."""
-        this = torch._C._current_graph_task_id()
-        if (
-            self.ending != this
-        ):  # a pass may end before it has come to the block's first boundary; one that fails calls nothing
-            torch.autograd.Variable._execution_engine.queue_callback(self.end)
-            self.ending = this
         x: Tensor | None = None
         for k in range(count):
             context = self.boundaries[k]()
@@ -127,6 +130,7 @@ class RecomputePlace(NamedTuple):
         Args:
             mix: what the boundary of a context (the autograd node) wrote, given its x; None: the one that it saved.
         """
+        self.block.begin()
         if self.number not in self.block.streams:
             self.block.compute(self.number, mix)
         return self.block.streams[self.number]

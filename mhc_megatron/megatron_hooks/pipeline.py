@@ -1,7 +1,7 @@
 """Pipeline schedules exchange streams.
 
 Rebinds, in megatron.core.pipeline_parallel.schedules: the name ``P2PCommunicator``, where both 1F1B schedules take it from;
-and the two schedules, to note how many microbatches there will be: receives can then be posted ahead.
+and the first of them, to note how many microbatches there will be: receives can then be posted ahead.
 Why a spec can't: the schedules compute the width of pipeline tensors from ``config.hidden_size``, and tell a communicator
 nothing of what is to come.
 Tested on: megatron-core 0.19.2.
@@ -41,5 +41,4 @@ def _schedule(original: Callable[..., Any]) -> Callable[..., Any]:
 REBINDINGS = [
     Rebinding(_MODULE, "P2PCommunicator", lambda original: StreamsCommunicator),
     Rebinding(_MODULE, "forward_backward_pipelining_without_interleaving", _schedule),
-    Rebinding(_MODULE, "forward_backward_pipelining_with_interleaving", _schedule),
 ]

@@ -36,7 +36,7 @@ class StreamsCommunicator(P2PCommunicator):
         wraps = config.virtual_pipeline_model_parallel_size is not None
         self._links = Links.of(pp_group, wraps, "schedule")
         if state.split:
-            receives = state.receives(self.is_pp_first_stage, self.virtual_pipeline_model_parallel_size or 1)
+            receives = None if wraps else state.receives(self.is_pp_first_stage)
             state.channel = SideChannel(Links.of(pp_group, wraps, "streams"), receives, interleaved=wraps)
 
     def _communicate(
@@ -89,6 +89,9 @@ class StreamsCommunicator(P2PCommunicator):
         narrow, wide = _shapes(tensor_shape, state, dtype) if from_prev or from_next else ((), ())
         wanted = [direction for direction, there in ((FORWARD, from_prev), (BACKWARD, from_next)) if there]
         # All memory first (`Links.buffer`).
+        links.release()
+        if channel is not None:
+            channel.links.release()
         own = {way: links.buffer(wide if channel is None else narrow, dtype, requires_grad=True) for way in wanted}
         streams = channel.buffers(wide, dtype) if channel is not None and from_prev else []
         gradient = links.buffer(wide, dtype) if channel is not None and from_next else None

@@ -82,6 +82,11 @@ class Links:
         group, _ = self._link(direction, sender)
         return Arrival(tensor, dist.irecv(tensor, self._ranks[sender], group))
 
+    def release(self) -> None:
+        """Let go of what has been sent. Before anything is posted, as `buffer`."""
+        for sends in self.sends:
+            sends.release()
+
     def _link(self, direction: int, sender: int) -> tuple[dist.ProcessGroup, int]:
         """The group and the receiving stage of a sending one."""
         number = group_of(sender, self._stages, self._wraps, _eager())

@@ -29,8 +29,7 @@ class Sends:
         earlier = len(self._under_way)
         self._under_way.append((work, tensor))
         if tensor.is_cuda:
-            self.release()
-            return
+            return  # letting go may wait for the GPU (without a caching allocator): `release`, when nothing is being posted
         for _ in range(earlier):  # gloo tells that a send is complete only if asked to wait for it
             self._under_way.popleft()[0].wait()
 

@@ -31,13 +31,13 @@ _AHEAD = 1
 class SideChannel:
     """One schedule's streams on ``links``.
 
-    receives: how many receives of streams this rank's schedule posts in all; None if that is not known. interleaved: whether that
-    schedule is.
+    receives: how many receives of streams this rank's schedule posts in all; None if that is not known, or none may be posted
+    ahead. interleaved: whether that schedule is.
     """
 
     def __init__(self, links: Links, receives: int | None, interleaved: bool = False):
         self.links, self._interleaved = links, interleaved
-        self._left = None if interleaved else receives
+        self._left = receives
         self._arriving: deque[Arrival] = deque()
         self._held: deque[Tensor] = deque()
         self._gradients: deque[Tensor] = deque()

@@ -26,7 +26,7 @@ class PipelineState:
 
     num_streams: n. split: whether streams travel apart from the last sublayer's output. links: whether transfers go over links
     of their own (`pipeline.links`) instead of Megatron's. channel: what split streams travel on; the schedule's communicator sets
-    it. microbatches: of the schedule that is `running`, if it is known.
+    it. microbatches: of the schedule that is `running`, if it is known and not interleaved.
     """
 
     def __init__(self, num_streams: int, split: bool, links: bool = True):
@@ -47,9 +47,9 @@ class PipelineState:
             else:
                 self.microbatches, self.channel = outer
 
-    def receives(self, first_stage: bool, chunks: int) -> int | None:
-        """How often a rank with so many chunks receives activations from the previous stage."""
-        return None if self.microbatches is None else self.microbatches * (chunks - 1 if first_stage else chunks)
+    def receives(self, first_stage: bool) -> int | None:
+        """How often a rank receives activations from the previous stage, without an interleaved schedule."""
+        return 0 if first_stage else self.microbatches
 
     def __deepcopy__(self, memo: dict) -> PipelineState:
         return self  # process groups can't be copied, and a copied config is of the same pipeline
@@ -81,7 +81,7 @@ def pipeline_state(config: Any) -> PipelineState | None:
 
 
 def splits(mhc_config: MHCConfig, config: Any) -> bool:
-    """Whether pipeline transfers are split. The same on all ranks: it depends on settings alone."""
+    """Whether pipeline transfers are split. The same on all ranks: it depends on settings alone, and on CUDA_LAUNCH_BLOCKING."""
     stages = config.pipeline_model_parallel_size
     if stages == 1 or mhc_config.num_streams == 1:
         return False

@@ -86,7 +86,9 @@ def simulated(run: Run, gpu: Gpu, utilization: float, links: Sequence[float]) ->
                 group=run.group,
                 overlap=order.overlap,
                 warmup_flush=order.warmup_flush,
-                **{"forward_share": share, "backward_share": share, **crossing},  # type: ignore[arg-type]
+                forward_share=share,
+                backward_share=share,
+                **crossing,  # type: ignore[arg-type]
             )
             step, free = step_times(schedule)
             rows.append({"link": bandwidth, "kind": kind, "step": step, "free": free, "exposed": step - free})

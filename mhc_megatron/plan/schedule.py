@@ -3,8 +3,8 @@
 Every rank runs its instructions (`order`) on one compute stream. A transfer begins when both ends have posted it and its
 link is free (a link: one direction between two ranks; transfers take it in the order in which they are ready), and takes
 latency + bytes / bandwidth. Split streams (architecture: `mhc_megatron.pipeline`) use a second channel on the same link:
-the n*C stream part leaves before the last sublayer of a chunk runs, and its gradient is needed only when that sublayer's
-backward is over.
+the n*C stream part leaves before the last sublayer of a chunk runs (in interleaved schedules with the rest), and its gradient is
+needed only when that sublayer's backward is over.
 
 Not modelled: kernels that communication slows down, the host, data- and expert-parallel traffic (in the compute times), NCCL's
 choice of one stream for both directions of a pair.
@@ -133,10 +133,8 @@ def exchange(kind: str, hidden: float, streams: int, tokens: float, chunks: int 
     if kind in ("wide", "wide-stock"):
         return {"transfer": streams * hidden, "send_waits": kind == "wide-stock"}
     if kind == "split":
-        early = {"side_ahead": 1} if chunks == 1 else {"forward_share": 0.0}
-        return {
-            "transfer": hidden + 4 * streams * tokens, "side": streams * hidden, **early, "send_waits": False
-        }  # fmt: skip
+        side = {"side": streams * hidden, "side_ahead": 1 if chunks == 1 else 0}
+        return {"transfer": hidden + 4 * streams * tokens, **side, "send_waits": False}
     raise ValueError(f"no kind of pipeline communication {kind!r}; residual, wide-stock, wide and split exist")
 
 
@@ -234,9 +232,7 @@ class _Simulation:
                 self.spans.append(Span(rank, instruction, start, self.now))
             elif isinstance(instruction, Post):
                 send, forward = instruction
-                # Of streams, the side's part is posted first; of gradients, last. A forward side send has left already.
-                sides = [False] if not self.schedule.side or (send and forward) else [forward, not forward]
-                for side in sides:
+                for side in self._sides(send, forward):
                     if side and not send:
                         left[forward] -= 1
                         if left[forward] < 0:
@@ -245,13 +241,21 @@ class _Simulation:
             else:
                 yield from self._wait(rank, instruction)
 
+    def _sides(self, send: bool, forward: bool) -> list[bool]:
+        """What is posted together, in order: on the side channel or not."""
+        if not self.schedule.side:
+            return [False]
+        if send and forward:
+            return [False] if self.schedule.chunks == 1 else [False, True]  # without interleaving it has left already
+        return [forward, not forward]
+
     def _compute(self, rank: int, compute: Compute) -> Iterator[float | _Ends]:
         schedule, seconds = self.schedule, self.schedule.seconds(rank, compute)
         first = rank == 0 and compute.chunk == 0
         last = rank == schedule.stages - 1 and compute.chunk == schedule.chunks - 1
         if schedule.side and compute.forward and not first:
             yield from self._finish(rank, send=False, forward=True, side=True)
-        if not schedule.side or last:
+        if not schedule.side or last or (compute.forward and schedule.chunks > 1):
             yield seconds
         elif compute.forward:
             yield seconds * (1 - schedule.forward_share)

@@ -118,7 +118,7 @@ def test_split_is_not_slower_than_wide() -> None:
         exposed = {}
         for kind in ("residual", "wide-stock", "wide", "split"):
             crossing: Any = exchange(kind, hidden, n, 0, shape["chunks"])
-            schedule = Schedule(**{**shape, "forward_share": share, "backward_share": share, **crossing})
+            schedule = Schedule(**shape, **crossing, forward_share=share, backward_share=share)
             exposed[kind] = simulate(schedule).exposed
         assert exposed["split"] <= exposed["wide"] + 1e-9 <= exposed["wide-stock"] + 2e-9
         assert exposed["wide-stock"] == pytest.approx(n * exposed["residual"], rel=0.5)
@@ -130,7 +130,7 @@ def test_long_steps(kind: str, chunks: int, group: int | None) -> None:
     """What is extrapolated is what the whole simulation gives."""
     crossing: Any = exchange(kind, 0.05, 4, 0, chunks)
     shares = {"forward_share": 0.4, "backward_share": 0.4, "bandwidth": 1.0}
-    schedule = Schedule(4, 64, 1.0, 2.0, chunks=chunks, group=group, **{**shares, **crossing})
+    schedule = Schedule(4, 64, 1.0, 2.0, chunks=chunks, group=group, **shares, **crossing)
     whole = simulate(schedule)
     assert step_times(schedule) == pytest.approx((whole.step, whole.free), rel=1e-6)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import deque
 from datetime import timedelta
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from mhc_megatron import MHCConfig
 from mhc_megatron.pipeline import split
 from mhc_megatron.pipeline.communicator import StreamsCommunicator
 from mhc_megatron.pipeline.links import Arrival, _settings
+from mhc_megatron.pipeline.sends import Sends
 from mhc_megatron.pipeline.side_channel import SideChannel
 from mhc_megatron.pipeline.state import PipelineState, _report, share_pipeline, splits
 from tests import models
@@ -159,6 +161,21 @@ def test_a_gradient_without_a_send_is_an_error() -> None:
     loop = Loop()
     with pytest.raises(RuntimeError, match=r"0 gradients of streams .* --mhc-pipeline-comm wide"):
         loop.send_gradient()
+
+
+def test_what_is_sent_is_kept_until_it_has_gone() -> None:
+    gone = [False, False, True]
+    tensor: Any = SimpleNamespace(is_cuda=True)
+    sends = Sends()
+    for number in range(3):
+        work = SimpleNamespace(is_completed=lambda number=number: gone[number])
+        sends.keep(work, tensor)
+    sends.release()
+    assert len(sends) == 3  # in order
+    gone[0] = True
+    assert len(sends) == 3  # not on its own: letting go of memory may wait for the GPU
+    sends.release()
+    assert len(sends) == 2
 
 
 def test_passes_without_a_send_are_an_error() -> None:

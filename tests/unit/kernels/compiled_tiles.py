@@ -71,7 +71,8 @@ def loops(step: Step) -> list[dict[str, Any]]:
         read = {_tile(operand, views) for k in products for operand in re.findall(r"%\w+", body[k])[1:3]}
         waits = [re.search(r"warp_group_dot_wait .*pendings = (\d+)", text) for text in body[products[0] : copies[0]]]
         running = min([int(wait[1]) for wait in waits if wait], default=len(products))
-        found.append({"slots": [int(tiles[tile]) for tile in read if tile in tiles], "running": running})
+        slots = [int(tiles[tile]) for tile in read if tile in tiles]
+        found.append({"slots": slots, "running": running, "products": len(products)})
     return found
 
 

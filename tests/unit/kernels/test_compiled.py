@@ -26,4 +26,6 @@ def test_products_read_tiles_that_no_copy_overwrites(tmp_path: Path) -> None:
     for kernel, (stages, loops) in found.items():
         for loop in loops:
             assert loop["slots"], kernel
+            # Those of the loop's turn before this one are done: theirs is the slot that is copied into.
+            assert loop["running"] <= loop["products"], f"{kernel}: {loop}"
             assert loop["running"] == 0 or min(loop["slots"]) >= stages, f"{kernel}: {stages} stages, {loop}"

@@ -137,6 +137,22 @@ def test_backward_twice() -> None:
         torch.autograd.grad(out, chain.x, torch.ones_like(out))
 
 
+def test_after_a_pass_that_failed() -> None:
+    """Of which the autograd engine tells nobody."""
+    chain = Chain()
+    expected = torch.autograd.grad(chain.run(None).sum(), chain.x)[0]
+    seen: list[Tensor] = []
+    chain.between = lambda x: seen.append(x) or x
+    out = chain.run(100)
+    fails = seen[1].register_hook(lambda gradient: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        torch.autograd.grad(out.sum(), chain.x, retain_graph=True)
+    assert chain.block.streams
+    fails.remove()
+    assert torch.equal(torch.autograd.grad(out.sum(), chain.x)[0], expected)
+    assert chain.block.streams == {}
+
+
 def test_partial_passes() -> None:
     """Each leaves nothing behind that the next one would see."""
     chain = Chain()
