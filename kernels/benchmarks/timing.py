@@ -45,10 +45,10 @@ def graph_us(call: Call, repeats: int = 25) -> float:
     return microseconds
 
 
-def host_us(call: Call, repeats: int = 100, averages_of: int = 5) -> float:
+def host_us(call: Call, repeats: int = 100, samples: int = 5) -> float:
     """Microseconds of host time of one call whose GPU work is negligible: the smallest of so many averages."""
     averages = []
-    for _ in range(averages_of):
+    for _ in range(samples):
         torch.cuda.synchronize()
         start = time.perf_counter()
         for _ in range(repeats):

@@ -1,7 +1,7 @@
 """Pipeline schedules exchange streams.
 
 Rebinds, in megatron.core.pipeline_parallel.schedules: the name ``P2PCommunicator``, where both 1F1B schedules take it from;
-and the first of them, to note how many microbatches there will be: receives can then be posted ahead.
+and the one without interleaving, to note how many microbatches there will be: receives can then be posted ahead.
 Why a spec can't: the schedules compute the width of pipeline tensors from ``config.hidden_size``, and tell a communicator
 nothing of what is to come.
 Tested on: megatron-core 0.19.2.
@@ -32,8 +32,11 @@ def _schedule(original: Callable[..., Any]) -> Callable[..., Any]:
         state = pipeline_state(get_model_config(model[0] if isinstance(model, list) else model))
         if state is None:
             return original(*args, **kwargs)
-        with state.running(arguments["num_microbatches"]):
+        state.microbatches = arguments["num_microbatches"]
+        try:
             return original(*args, **kwargs)
+        finally:
+            state.microbatches = None
 
     return schedule
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
-from collections.abc import Iterator
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -26,26 +24,13 @@ class PipelineState:
 
     num_streams: n. split: whether streams travel apart from the last sublayer's output. links: whether transfers go over links
     of their own (`pipeline.links`) instead of Megatron's. channel: what split streams travel on; the schedule's communicator sets
-    it. microbatches: of the schedule that is `running`, if it is known and not interleaved.
+    it. microbatches: of the schedule that is running, if it is known and not interleaved.
     """
 
     def __init__(self, num_streams: int, split: bool, links: bool = True):
         self.num_streams, self.split, self.links = num_streams, split, links
         self.channel: SideChannel | None = None
         self.microbatches: int | None = None
-
-    @contextlib.contextmanager
-    def running(self, microbatches: int) -> Iterator[None]:
-        """While a schedule runs, perhaps inside another one."""
-        outer = self.microbatches, self.channel
-        self.microbatches = microbatches
-        try:
-            yield
-        finally:
-            if outer[0] is None:
-                self.microbatches = None
-            else:
-                self.microbatches, self.channel = outer
 
     def receives(self, first_stage: bool) -> int | None:
         """How often a rank receives activations from the previous stage, without an interleaved schedule."""

@@ -21,7 +21,7 @@ from mhc_megatron.pipeline import split
 from mhc_megatron.pipeline.communicator import StreamsCommunicator
 from mhc_megatron.pipeline.links import BACKWARD, FORWARD, Arrival, Links, group_of
 from mhc_megatron.pipeline.side_channel import SideChannel
-from mhc_megatron.pipeline.state import PipelineState, pipeline_state, share_pipeline
+from mhc_megatron.pipeline.state import pipeline_state, share_pipeline
 from mhc_megatron.plan.order import Place
 
 
@@ -176,18 +176,18 @@ def record(shape: Shape, rank: int, monkeypatch: pytest.MonkeyPatch) -> list[Eve
     last = shape.stages * shape.chunks - 1
     chunks = [Chunk(config, i * shape.stages + rank, last, made["streams"]) for i in range(shape.chunks)]
     name = "with" if interleaved else "without"
-    with state.running(shape.microbatches):
-        getattr(schedules, f"forward_backward_pipelining_{name}_interleaving")(
-            forward_step_func=lambda _, chunk: (chunk(), lambda output: (output.sum(), {})),
-            data_iterator=[None] * shape.chunks if interleaved else None,
-            model=chunks if interleaved else chunks[0],
-            num_microbatches=shape.microbatches,
-            seq_length=1,
-            micro_batch_size=1,
-            forward_only=shape.forward_only,
-            p2p_communicator=StreamsCommunicator(group, config),
-            pg_collection=groups,
-        )
+    state.microbatches = shape.microbatches
+    getattr(schedules, f"forward_backward_pipelining_{name}_interleaving")(
+        forward_step_func=lambda _, chunk: (chunk(), lambda output: (output.sum(), {})),
+        data_iterator=[None] * shape.chunks if interleaved else None,
+        model=chunks if interleaved else chunks[0],
+        num_microbatches=shape.microbatches,
+        seq_length=1,
+        micro_batch_size=1,
+        forward_only=shape.forward_only,
+        p2p_communicator=StreamsCommunicator(group, config),
+        pg_collection=groups,
+    )
     if state.channel is not None:
         assert not state.channel._left
         for queue in (state.channel._arriving, state.channel._held, state.channel._gradients):
@@ -324,14 +324,3 @@ def test_one_receive_is_posted_ahead(receives: int | None, expected: list[int]) 
         channel.receive_streams(channel.buffers((1,), torch.float32))
         posted.append(sum(event.kind == "receive" for event in events))
     assert posted == expected
-
-
-def test_a_schedule_inside_another_one() -> None:
-    state = PipelineState(4, split=True)
-    with state.running(2):
-        state.channel = outer = SideChannel(Recorder([], 0, 2, "streams"), None)
-        with pytest.raises(KeyError), state.running(3):
-            state.channel = SideChannel(Recorder([], 0, 2, "streams"), None)
-            raise KeyError
-        assert (state.microbatches, state.channel) == (2, outer)
-    assert state.microbatches is None
