@@ -109,7 +109,9 @@ def build(shape: str, kind: str, layers: int, sequence: int, tiny: bool) -> torc
     return _model(config, KINDS[kind], sequence, tiny)
 
 
-def build_chunks(kind: str, vpp: int, layers: int, sequence: int, tiny: bool) -> tuple[list[torch.nn.Module], Any]:
+def build_chunks(
+    kind: str, vpp: int, layers: int, experts: int, sequence: int, tiny: bool
+) -> tuple[list[torch.nn.Module], Any]:
     """This rank's chunks of a 27B-shaped model on two stages, and their config, as Megatron's arguments would have it."""
     dtype = torch.float32 if tiny else torch.bfloat16
     settings: dict[str, Any] = {
@@ -117,6 +119,7 @@ def build_chunks(kind: str, vpp: int, layers: int, sequence: int, tiny: bool) ->
         "pipeline_dtype": dtype,
         "deallocate_pipeline_outputs": True,
         "moe_router_force_load_balancing": True,
+        "num_moe_experts": experts,
         "batch_p2p_comm": vpp == 1,
     }
     if vpp > 1:

@@ -5,7 +5,9 @@
 
 Kinds: residual; wide-stock (mHC, n*C values a token in Megatron's own transfers, its waits for sends included); wide (sends that
 nobody waits for); split (`mhc_megatron.pipeline.split`). Layers of the paper's 27B shape, one dense and the others MoE with
-forced load balancing, Transformer Engine, bf16, forward and backward by Megatron's schedule, no optimizer.
+forced load balancing, Transformer Engine, bf16, forward and backward by Megatron's schedule, no optimizer. A rank has 9 of the 72
+experts, as with the example's EP 8, and all six choices of its tokens fall on them: the same arithmetic. (With all 72 and 4096
+tokens the GPU waits for the host most of the time, and hides any transfer.) Python's garbage is collected between steps.
 
 Exposed: a step's time minus that of the same step with transfers replaced by local copies: each one still sends one element,
 so stages wait for each other as before, and copies the rest from a buffer of its own. Without an interleaved schedule, residual
@@ -20,6 +22,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import gc
 import json
 import os
 import random
@@ -42,7 +45,9 @@ class Run:
         from blocks import build_chunks
 
         self.kind, self.options = kind, options
-        self.chunks, self.config = build_chunks(kind, vpp, options.layers, options.sequence, options.tiny)
+        self.chunks, self.config = build_chunks(
+            kind, vpp, options.layers, options.experts, options.sequence, options.tiny
+        )
         self.times: dict[bool, list[float]] = {False: [], True: []}
         device = "cuda" if torch.cuda.is_available() else "cpu"
         shape = (options.microbatch, options.sequence)
@@ -79,6 +84,7 @@ class Run:
         for chunk in self.chunks:
             for parameter in chunk.parameters():
                 parameter.grad = None
+        gc.collect()
         return elapsed
 
     def peak_gib(self) -> float:
@@ -181,6 +187,8 @@ def measure(vpp: int, options: argparse.Namespace) -> dict[str, dict[str, float]
         for local in (False, False, True):
             run(local)
         results[run.kind] = {"peak_gib": run.peak_gib()}
+    gc.collect()
+    gc.freeze()  # a collection between steps has little to look at
     shuffle = random.Random(0)  # the same order on all ranks
     turns = [(run, local) for run in runs for local in (False, True)]
     for _ in range(options.steps):
@@ -194,6 +202,7 @@ def measure(vpp: int, options: argparse.Namespace) -> dict[str, dict[str, float]
         for run in runs:
             _trace(run, options.timeline.with_name(f"{options.timeline.stem}_vpp{vpp}_{run.kind}.png"))
     del runs
+    gc.unfreeze()
     return results
 
 
@@ -204,7 +213,8 @@ def _trace(run: Run, picture: Path) -> None:
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
         run()
     if dist.get_rank() == 0:
-        draw(profiler, picture, f"{run.kind}, rank 0")
+        busy = draw(profiler, picture, f"{run.kind}, rank 0")
+        print(f"{run.kind}: rank 0 computes {busy:.0%} of a step (while a profiler watches)", flush=True)
 
 
 def show(vpp: int, results: dict[str, dict[str, float]], speed: float) -> None:
@@ -242,20 +252,26 @@ def main() -> None:
     parser.add_argument("--vpp", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--microbatches", type=int, default=8)
-    parser.add_argument("--microbatch", type=int, default=1, help="sequences")
+    parser.add_argument("--microbatch", type=int, default=2, help="sequences")
+    parser.add_argument("--experts", type=int, default=9, help="on a rank")
     parser.add_argument("--sequence", type=int, default=4096)
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--kinds", type=lambda s: s.split(","), default=list(KINDS))
     parser.add_argument("--tiny", action="store_true", help="small sizes on the CPU, with gloo: to try the benchmark")
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--timeline", type=Path, help="a picture a kind, of one step")
+    parser.add_argument(
+        "--timeline", type=Path, help="a picture a kind, of one step, and how much of it the GPU computes"
+    )
     options = parser.parse_args()
     if unknown := set(options.kinds) - set(KINDS):
         parser.error(f"--kinds {', '.join(unknown)}: choose from {', '.join(KINDS)}")
+    if options.tiny and options.timeline:
+        parser.error("--timeline shows a GPU's work: not with --tiny")
     for vpp in options.vpp:
         if options.layers % (2 * vpp):
             parser.error(f"--layers {options.layers} is not a multiple of 2 stages x {vpp} chunks (--vpp)")
     _start(options)
+    gc.disable()
     speed = link_speed(2**12 if options.tiny else 42 * 2**20)
     everything = {}
     for vpp in options.vpp:

@@ -6,37 +6,70 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-COLOURS = {"transfer": "tab:red", "mHC": "tab:blue", "other": "lightgrey"}
+COLOURS = {"transfer": "tab:red", "mHC": "tab:blue", "other": "darkgrey"}
+ZOOM = (0.45, 0.6)
+"""The part of the step that the lower panel shows."""
+
+Rows = dict[Any, list[tuple[float, float, str]]]
+"""By stream: start and length in ms, kind."""
 
 
-def draw(profiler: Any, picture: Path, title: str) -> None:
-    """profiler: a `torch.profiler.profile` that has recorded CUDA kernels."""
+def draw(profiler: Any, picture: Path, title: str) -> float:
+    """Draw what a `torch.profiler.profile` recorded.
+
+    Returns the share of the time in which something other than transfers ran.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    rows: dict[Any, list[tuple[float, float, str]]] = defaultdict(list)
-    for event in profiler.profiler.kineto_results.events():
-        if "CUDA" in str(event.device_type()) and event.duration_ns() > 0:
-            rows[event.device_resource_id()].append((event.start_ns(), event.duration_ns(), _kind(event.name())))
+    rows = _rows(profiler)
     if not rows:
         print(f"{picture}: the profiler saw no kernels")
-        return
-    start = min(first for events in rows.values() for first, _, _ in events)
+        return float("nan")
+    end = max(first + length for events in rows.values() for first, length, _ in events)
+    busy = _covered([event for events in rows.values() for event in events if event[2] != "transfer"]) / end
     streams = sorted(rows, key=lambda stream: (all(kind == "transfer" for *_, kind in rows[stream]), stream))
-    figure, axes = plt.subplots(figsize=(14, 1 + 0.5 * len(streams)))
-    for row, stream in enumerate(streams):
-        for kind, colour in COLOURS.items():
-            bars = [((first - start) / 1e6, length / 1e6) for first, length, k in rows[stream] if k == kind]
-            axes.broken_barh(bars, (row - 0.4, 0.8), facecolors=colour)
-    axes.set_yticks(range(len(streams)), [f"stream {stream}" for stream in streams])
-    axes.set_xlabel("ms")
-    axes.set_title(title)
-    axes.legend(handles=[plt.Rectangle((0, 0), 1, 1, color=c, label=k) for k, c in COLOURS.items()], loc="upper right")
+    figure, panels = plt.subplots(2, figsize=(14, 2 + 0.7 * len(streams)))
+    for axes, (left, right) in zip(panels, ((0.0, 1.0), ZOOM), strict=True):
+        for row, stream in enumerate(streams):
+            for kind, colour in COLOURS.items():
+                bars = [(first, length) for first, length, k in rows[stream] if k == kind]
+                axes.broken_barh(bars, (row - 0.4, 0.8), facecolors=colour)
+        axes.set_yticks(range(len(streams)), [f"stream {stream}" for stream in streams])
+        axes.set_xlim(left * end, right * end)
+        axes.set_xlabel("ms")
+    panels[0].set_title(f"{title}: computing {busy:.0%} of the time")
+    handles = [plt.Rectangle((0, 0), 1, 1, color=colour, label=kind) for kind, colour in COLOURS.items()]
+    figure.legend(handles=handles, loc="upper right", ncols=len(COLOURS))
     figure.tight_layout()
     figure.savefig(picture, dpi=110)
     plt.close(figure)
+    return busy
+
+
+def _rows(profiler: Any) -> Rows:
+    rows: Rows = defaultdict(list)
+    events = [
+        event
+        for event in profiler.profiler.kineto_results.events()
+        if "CUDA" in str(event.device_type()) and event.duration_ns() > 0
+    ]
+    start = min((event.start_ns() for event in events), default=0)
+    for event in events:
+        bar = ((event.start_ns() - start) / 1e6, event.duration_ns() / 1e6, _kind(event.name()))
+        rows[event.device_resource_id()].append(bar)
+    return rows
+
+
+def _covered(events: list[tuple[float, float, str]]) -> float:
+    """Length of the union of intervals."""
+    total, until = 0.0, 0.0
+    for first, length, _ in sorted(events):
+        total += max(0.0, first + length - max(first, until))
+        until = max(until, first + length)
+    return total
 
 
 def _kind(name: str) -> str:

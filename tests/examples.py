@@ -59,6 +59,7 @@ class Run:
         assert self.process.stdout is not None
         for line in self.process.stdout:
             self.output += line
+            print(line, end="")  # how far it has come, with pytest -s
             if found := _ITERATION.search(line):
                 self.losses.append((int(found[1]), float(found[2])))
                 if self.losses[-1][0] == iteration:

@@ -126,7 +126,7 @@ def host_time(t: int = 64, c: int = 1280) -> dict[str, float]:
     backward in a CUDA graph, is measured as well).
 
     The autograd engine's own start, about 200 us a backward pass, is the same for a chain of any length. Other processes disturb
-    a host more than a GPU: many short averages, of which the smallest counts.
+    a host more than a GPU: a hundred short averages, over seconds, of which the smallest counts.
     """
     long, short = 24, 4
     inputs = cases.make_inputs(t, c)
@@ -146,7 +146,7 @@ def host_time(t: int = 64, c: int = 1280) -> dict[str, float]:
     for name, backward in (("host_forward_us", False), ("host_both_us", True)):
         for length in (long, short):
             chain(length, backward)
-        both = [host_us(lambda n=n, b=backward: chain(n, b), 5, 20) for n in (long, short)]
+        both = [host_us(lambda n=n, b=backward: chain(n, b), 5, 100) for n in (long, short)]
         times[name] = (both[0] - both[1]) / (long - short)
     print(
         f"host time of one boundary: forward {times['host_forward_us']:.0f} us, with backward {times['host_both_us']:.0f}"

@@ -1,17 +1,22 @@
 """Every kernel on small, ragged shapes, for the sanitizer.
 
-compute-sanitizer --tool memcheck python kernels/benchmarks/small_chain.py      (or racecheck)
+compute-sanitizer --tool memcheck python kernels/benchmarks/small_chain.py [n ...]      (or racecheck)
+
+Run it without the sanitizer first: compilation is slow inside.
 """
+
+import sys
 
 import torch
 
 from mhc_kernels import RMSNorm, aggregate, boundary, connect, free_until_backward, mappings, mix, recompute, sinkhorn
 
 TOKENS, WIDTH = 70, 48
+STREAMS = (4, 3, 5, 8)
 
 
 def main() -> None:
-    for n in (4, 3, 5, 8):
+    for n in [int(n) for n in sys.argv[1:]] or STREAMS:
         rows = n * n + 2 * n
         x, y = (
             torch.randn(TOKENS, *shape, device="cuda").bfloat16().requires_grad_() for shape in ((n, WIDTH), (WIDTH,))
@@ -31,7 +36,7 @@ def main() -> None:
         recomputed(x, own, None if n > 4 else norm)
         torch.cuda.synchronize()
         assert x.grad.isfinite().all()
-    print("ran")
+        print(f"{n} streams: ran", flush=True)
 
 
 def recomputed(x: torch.Tensor, own: list[torch.Tensor], norm: RMSNorm | None) -> None:
