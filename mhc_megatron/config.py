@@ -69,8 +69,8 @@ class MHCConfig:
     pipeline_comm: str = _option(
         "auto",
         "pipeline transfers: auto: all streams in Megatron's own; wide: the same over links of their own, no send stops the "
-        "compute stream; split: H_res x on a side channel while a chunk's last sublayer runs, its output after it (both after it "
-        "in interleaved schedules)",
+        "compute stream; split: H_res x on a side channel while a chunk's last sublayer runs, its output after it (on the "
+        "last stage of an interleaved schedule both after it)",
         PIPELINE_COMMS,
     )
 

@@ -2,6 +2,6 @@
 
 wide: ``x' = H_res @ x + outer(H_post, y)``, one tensor of n*C values a token, in the schedule's own transfers.
 split: ``H_res @ x`` (n*C) leaves on a side channel before the chunk's last sublayer runs, y and H_post (C and a few
-columns) in the schedule's own transfers after it; the receiver adds them up (`split`, `side_channel`). In interleaved schedules
-the streams leave after it, too.
+columns) in the schedule's own transfers after it; the receiver adds them up (`split`, `side_channel`). In an
+interleaved schedule the last stage's streams leave after it.
 """

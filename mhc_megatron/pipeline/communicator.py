@@ -37,7 +37,9 @@ class StreamsCommunicator(P2PCommunicator):
         self._links = Links.of(pp_group, wraps, "schedule")
         if state.split:
             receives = None if wraps else state.receives(self.is_pp_first_stage)
-            state.channel = SideChannel(Links.of(pp_group, wraps, "streams"), receives, interleaved=wraps)
+            state.channel = SideChannel(
+                Links.of(pp_group, wraps, "streams"), receives, holds=wraps and self.is_pp_last_stage
+            )
 
     def _communicate(
         self,

@@ -3,15 +3,18 @@
 On every link, streams go in the order of the schedule's own tensors: a stage's forward passes (backward passes) come in the
 order in which it sends their results, and the receiver posts its receives in the order of the schedule's.
 
-Without an interleaved schedule, streams leave before the chunk's last sublayer runs, and a receive of them is posted one transfer
+Streams leave before the chunk's last sublayer runs. Without an interleaved schedule a receive of them is posted one transfer
 ahead of the schedule's own, if it is known how many there will be: the schedule posts a receive only after the pass that precedes
 it, and the streams would start no earlier than what follows them. This holds one tensor more.
 
 **Waiting for the whole GPU.** Much may do so in the middle of a pass: CUDA where it loads a kernel, at its first launch (a MoE's
 tokens may ask for another matrix product at any step); PyTorch's allocator where memory is short; a timer. So nothing may be
-under way that ends only when this rank goes on. 1F1B fulfils that, posting ahead included. In an interleaved schedule two ranks
-may be in the middle of passes whose streams the other one receives after its own pass: if both wait for their GPUs then, they
-wait for ever. So there the streams leave with the schedule's own tensor (`send_held`), and receives are posted with its.
+under way that ends only when this rank goes on. 1F1B fulfils that, posting ahead included: what a stage waits for in a pass is
+something that the stages on one side of it do first. In an interleaved schedule the last stage sends to the first, and where each
+stage's streams are under way until the next one's pass is over, all of them may wait in a ring, for ever (as seen with NCCL). So
+the link that closes the ring is not used in the middle of a pass: the last stage's streams leave with the schedule's own tensor
+(`send_held`). And no receive is posted ahead: with ``overlap_p2p_comm`` the schedule's own are early enough for that to close
+a ring, too.
 
 tests/unit/test_transfer_order.py plays this for every pass of every rank.
 """
@@ -32,30 +35,30 @@ class SideChannel:
     """One schedule's streams on ``links``.
 
     receives: how many receives of streams this rank's schedule posts in all; None if that is not known, or none may be posted
-    ahead. interleaved: whether that schedule is.
+    ahead. holds: whether this rank's streams leave with the schedule's own tensor.
     """
 
-    def __init__(self, links: Links, receives: int | None, interleaved: bool = False):
-        self.links, self._interleaved = links, interleaved
+    def __init__(self, links: Links, receives: int | None, holds: bool = False):
+        self.links, self._holds = links, holds
         self._left = receives
         self._arriving: deque[Arrival] = deque()
         self._held: deque[Tensor] = deque()
         self._gradients: deque[Tensor] = deque()
 
     def send_streams(self, tensor: Tensor) -> None:
-        """Send ``H_res @ x`` to the next stage: now, or in an interleaved schedule when it sends the pass's result."""
-        if self._interleaved:
+        """Send ``H_res @ x`` to the next stage: now, or when the schedule sends the pass's result."""
+        if self._holds:
             self._held.append(tensor)
         else:
             self.links.send(FORWARD, tensor)
 
     def send_held(self) -> None:
-        """The schedule sends a pass's result: what was held goes, too.
+        """The schedule sends a pass's result: what was held for it goes, too.
 
         Raises:
             RuntimeError: if the schedule's sends and the forward passes are not one to one.
         """
-        if self._interleaved:
+        if self._holds:
             streams = _only(self._held, "streams")
             self.links.send(FORWARD, streams)
 

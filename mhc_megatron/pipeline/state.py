@@ -82,8 +82,9 @@ def splits(mhc_config: MHCConfig, config: Any) -> bool:
     if reason is not None:
         _report(f"wide instead of split: {reason}")
         return False
-    when = "after" if config.virtual_pipeline_model_parallel_size is not None else "while"
-    _report(f"split, the streams on a side channel {when} the last sublayer of a chunk runs")
+    ring = config.virtual_pipeline_model_parallel_size is not None
+    but = "; the last stage's after it" if ring else ""
+    _report(f"split, the streams on a side channel while the last sublayer of a chunk runs{but}")
     return True
 
 

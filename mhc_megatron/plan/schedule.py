@@ -3,8 +3,8 @@
 Every rank runs its instructions (`order`) on one compute stream. A transfer begins when both ends have posted it and its
 link is free (a link: one direction between two ranks; transfers take it in the order in which they are ready), and takes
 latency + bytes / bandwidth. Split streams (architecture: `mhc_megatron.pipeline`) use a second channel on the same link:
-the n*C stream part leaves before the last sublayer of a chunk runs (in interleaved schedules with the rest), and its gradient is
-needed only when that sublayer's backward is over.
+the n*C stream part leaves before the last sublayer of a chunk runs (in interleaved schedules the last rank's with the rest), and
+its gradient is needed only when that sublayer's backward is over.
 
 Not modelled: kernels that communication slows down, the host, data- and expert-parallel traffic (in the compute times), NCCL's
 choice of one stream for both directions of a pair.
@@ -122,8 +122,8 @@ def exchange(kind: str, hidden: float, streams: int, tokens: float, chunks: int 
     """What crosses a boundary with one kind of communication, as fields of a `Schedule` with so many chunks a rank.
 
     kind: ``residual`` (C a token), ``wide-stock`` (n*C, as stock Megatron would send it), ``wide`` (n*C, no send waits),
-    ``split`` (C and H_post, n float32, on the schedule; n*C on the side channel, early without interleaving). hidden: bytes of C
-    values of all ``tokens`` of a microbatch.
+    ``split`` (C and H_post, n float32, on the schedule; n*C on the side channel). hidden: bytes of C values of all ``tokens`` of
+    a microbatch.
 
     Raises:
         ValueError: for another kind.
@@ -232,7 +232,7 @@ class _Simulation:
                 self.spans.append(Span(rank, instruction, start, self.now))
             elif isinstance(instruction, Post):
                 send, forward = instruction
-                for side in self._sides(send, forward):
+                for side in self._sides(rank, send, forward):
                     if side and not send:
                         left[forward] -= 1
                         if left[forward] < 0:
@@ -241,13 +241,17 @@ class _Simulation:
             else:
                 yield from self._wait(rank, instruction)
 
-    def _sides(self, send: bool, forward: bool) -> list[bool]:
+    def _sides(self, rank: int, send: bool, forward: bool) -> list[bool]:
         """What is posted together, in order: on the side channel or not."""
         if not self.schedule.side:
             return [False]
         if send and forward:
-            return [False] if self.schedule.chunks == 1 else [False, True]  # without interleaving it has left already
+            return [False, True] if self._holds(rank) else [False]  # it has left already
         return [forward, not forward]
+
+    def _holds(self, rank: int) -> bool:
+        """Whether its streams leave with the schedule's own tensor."""
+        return self.schedule.chunks > 1 and rank == self.schedule.stages - 1
 
     def _compute(self, rank: int, compute: Compute) -> Iterator[float | _Ends]:
         schedule, seconds = self.schedule, self.schedule.seconds(rank, compute)
@@ -255,7 +259,7 @@ class _Simulation:
         last = rank == schedule.stages - 1 and compute.chunk == schedule.chunks - 1
         if schedule.side and compute.forward and not first:
             yield from self._finish(rank, send=False, forward=True, side=True)
-        if not schedule.side or last or (compute.forward and schedule.chunks > 1):
+        if not schedule.side or last or (compute.forward and self._holds(rank)):
             yield seconds
         elif compute.forward:
             yield seconds * (1 - schedule.forward_share)
