@@ -5,8 +5,9 @@ n*n coefficients, ``m[i * n + j]``: stream j into stream i.
 
 Every load is followed by ``.to(float32)``: bf16 arithmetic is what Triton's interpreter can't do, and not what we want anyway.
 
-Sums of products are written as fused multiply-adds: of ``a * b + c * d`` a compiler may fuse either product, and takes one here
-and another one there. Streams and sublayer inputs that the backward computes again have the bits of the forward.
+Sums of products begin with an explicit fused multiply-add: of ``a * b + c * d`` a compiler may fuse either product, and takes one
+here and another one there. Later terms leave it one choice, and more freedom in their order. Streams and sublayer inputs that the
+backward computes again have the bits of the forward.
 """
 
 import triton
@@ -100,9 +101,9 @@ def mix_streams(m, p, x, y, N: tl.constexpr):
     """``x'_i = p_i y + sum_j m_ij x_j``."""
     out = ()
     for i in tl.static_range(N):
-        total = p[i] * y
-        for j in tl.static_range(N):
-            total = tl.fma(m[i * N + j], x[j], total)
+        total = tl.fma(m[i * N], x[0], p[i] * y)
+        for j in tl.static_range(1, N):
+            total += m[i * N + j] * x[j]
         out = out + (total,)
     return out
 
@@ -111,8 +112,10 @@ def mix_streams(m, p, x, y, N: tl.constexpr):
 def weighted_sum(w, x, N: tl.constexpr):
     """``sum_i w_i x_i``."""
     total = w[0] * x[0]
-    for i in tl.static_range(1, N):
-        total = tl.fma(w[i], x[i], total)
+    if N > 1:
+        total = tl.fma(w[1], x[1], total)
+    for i in tl.static_range(2, N):
+        total += w[i] * x[i]
     return total
 
 
