@@ -230,6 +230,14 @@ def show(vpp: int, results: dict[str, dict[str, float]], speed: float) -> None:
         )
 
 
+def _write(options: argparse.Namespace, results: dict[int, Any], speed: float) -> None:
+    device = "CPU" if options.tiny else torch.cuda.get_device_name()
+    keep = {k: v for k, v in vars(options).items() if k not in ("json", "timeline")}
+    link = {k: v for k, v in os.environ.items() if k.startswith("NCCL_")}
+    settings = {**keep, "device": device, "torch": torch.__version__, "environment": link, "gb_per_s": speed}
+    options.json.write_text(json.dumps({"settings": settings, "results": results}, indent=1))
+
+
 def _start(options: argparse.Namespace) -> None:
     if options.tiny:
         from mhc_megatron import cpu
@@ -282,12 +290,8 @@ def main() -> None:
             continue
         if dist.get_rank() == 0:
             show(vpp, everything[vpp], speed)
-    if options.json and dist.get_rank() == 0:
-        device = "CPU" if options.tiny else torch.cuda.get_device_name()
-        keep = {k: v for k, v in vars(options).items() if k not in ("json", "timeline")}
-        link = {k: v for k, v in os.environ.items() if k.startswith("NCCL_")}
-        settings = {**keep, "device": device, "torch": torch.__version__, "environment": link, "gb_per_s": speed}
-        options.json.write_text(json.dumps({"settings": settings, "results": everything}, indent=1))
+            if options.json:  # after each: a run may be cut off
+                _write(options, everything, speed)
     dist.barrier()
     dist.destroy_process_group()
 
