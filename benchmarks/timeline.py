@@ -81,6 +81,8 @@ def _kind(name: str) -> str:
         "stream_backward",
         "mapping_backward",
         "phi_backward",
+        "phi_streams_backward",
+        "project_kernel",
         "pack_kernel",
         "aggregate_",
     )

@@ -1,4 +1,4 @@
-"""Sends that nobody waits for: what they send stays alive until it has gone, and no longer."""
+"""Sends that nobody waits for: what they send stays alive until it has gone, and no longer than to the next exchange."""
 
 from __future__ import annotations
 

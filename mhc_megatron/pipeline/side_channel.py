@@ -7,14 +7,14 @@ Streams leave before the chunk's last sublayer runs. Without an interleaved sche
 ahead of the schedule's own, if it is known how many there will be: the schedule posts a receive only after the pass that precedes
 it, and the streams would start no earlier than what follows them. This holds one tensor more.
 
-**Waiting for the whole GPU.** Much may do so in the middle of a pass: CUDA where it loads a kernel, at its first launch (a MoE's
-tokens may ask for another matrix product at any step); PyTorch's allocator where memory is short; a timer. So nothing may be
-under way that ends only when this rank goes on. 1F1B fulfils that, posting ahead included: what a stage waits for in a pass is
-something that the stages on one side of it do first. In an interleaved schedule the last stage sends to the first, and where each
-stage's streams are under way until the next one's pass is over, all of them may wait in a ring, for ever (as seen with NCCL). So
-the link that closes the ring is not used in the middle of a pass: the last stage's streams leave with the schedule's own tensor
-(`send_held`). And no receive is posted ahead: with ``overlap_p2p_comm`` the schedule's own are early enough for that to close
-a ring, too.
+**Waiting for the whole GPU.** Much may do so in the middle of a pass: CUDA where it loads a kernel, at its first launch (a
+MoE's tokens may ask for another matrix product at any step); PyTorch's allocator where memory is short; a timer. So nothing
+may be under way that ends only when this rank goes on. 1F1B fulfils that, posting ahead included: there is an order of all
+stages' passes in which each waits for earlier ones alone. In an interleaved schedule the last stage sends to the first, and
+where each stage's streams are under way until the next one's pass is over, all of them may wait in a ring, for ever (as seen
+with NCCL). So the link that closes the ring is not used in the middle of a pass: the last stage's streams leave with the
+schedule's own tensor (`send_held`). And no receive is posted ahead: with ``overlap_p2p_comm`` the schedule's own are early
+enough for that to close a ring, too. (Without it, one could be; that is not done.)
 
 tests/unit/test_transfer_order.py plays this for every pass of every rank.
 """

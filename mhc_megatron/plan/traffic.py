@@ -13,7 +13,7 @@ from mhc_megatron.plan.gpus import COPY_SHARE, Gpu
 from mhc_megatron.plan.operations import hidden_bytes
 from mhc_megatron.plan.run import Chunk, Run
 
-# What the kernels reach of the time that a copy of the bytes of two passes takes (kernels/README.md: 0.70 to 0.76, H200,
+# What the kernels reach of the time that a copy of the bytes of two passes takes (kernels/README.md: 0.69 to 0.75, H200,
 # 8192 tokens or more).
 KERNEL_SHARE = 0.73
 # Units that residual connections move for what the kernels do in their place: an addition and a norm, forward and backward.

@@ -33,6 +33,11 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
         {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2},
         {"overlap_p2p_comm": True, "batch_p2p_comm": False},
     ),
+    "pp3-vpp2": (
+        3,
+        {"pipeline_model_parallel_size": 3, "virtual_pipeline_model_parallel_size": 2},
+        {"overlap_p2p_comm": True, "batch_p2p_comm": False, "num_layers": 6, "moe_layer_freq": [0, 1, 1, 1, 1, 1]},
+    ),
     "pp2-vpp2-flush": (
         2,
         {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2},
@@ -49,7 +54,7 @@ def chunks_of(
     settings: dict[str, Any], comm: str, model: dict[str, Any] = models.MOE
 ) -> tuple[list[torch.nn.Module], Any]:
     """This rank's chunks with the same parameters for every ``comm``, in Megatron's DDP."""
-    config = models.make_config(**model, pipeline_dtype=torch.float32, **settings)
+    config = models.make_config(**{**model, "pipeline_dtype": torch.float32, **settings})
     vpp = config.virtual_pipeline_model_parallel_size
     torch.manual_seed(1 + parallel_state.get_pipeline_model_parallel_rank())
     mhc = MHCConfig(init="paper", init_alpha=0.3, pipeline_comm=comm)

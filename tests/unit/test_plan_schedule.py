@@ -68,6 +68,17 @@ def test_split_by_hand() -> None:
     assert [(s.start, s.end) for s in first] == [(0.0, 4.0), (20.0, 28.0)]
 
 
+def test_by_hand_split_interleaved() -> None:
+    """The first rank's streams leave half way through its passes, the last one's after them, behind the schedule's own tensor."""
+    shares = {"forward_share": 0.5, "backward_share": 0.5}
+    sizes = {"transfer": 1.0, "side": 4.0, "bandwidth": 1.0, "send_waits": False}
+    result = simulate(Schedule(2, 2, 4.0, 8.0, chunks=2, **sizes, **shares))
+    first, last = result.rank(0), result.rank(1)
+    # 4 on the side from 2 to 6, then 1: the last rank computes from 7 to 11. 1 and 4 more: the first one from 16.
+    assert last[0].end == 11.0
+    assert [span.end for span in first[:3]] == [4.0, 8.0, 20.0]
+
+
 def _random_shape(choose: random.Random) -> dict[str, Any]:
     stages = choose.choice([2, 3, 4, 8])
     overlap, flush = choose.choice(MODES)

@@ -279,6 +279,23 @@ def test_transfers_meet(recorded: Callable) -> None:
             raise AssertionError(shape) from error
 
 
+def test_when_streams_leave(recorded: Callable) -> None:
+    """Before a pass's last sublayer runs; from the last stage of a ring after the schedule's own tensor."""
+    for shape in shapes():
+        if shape.comm != "split":
+            continue
+        for rank, events in enumerate(recorded(shape)):
+            holds = shape.chunks > 1 and rank == shape.stages - 1
+            sent = [event.link[:2] if event.kind == "send" and event.link else event.kind for event in events]
+            streams = [place for place, what in enumerate(sent) if what == ("streams", FORWARD)]
+            assert streams or rank == shape.stages - 1, shape
+            for place in streams:
+                if holds:
+                    assert sent[place - 1] == ("schedule", FORWARD), shape
+                else:
+                    assert sent[place - 1 : place + 2] == ["compute", ("streams", FORWARD), "compute"], shape
+
+
 @pytest.mark.parametrize("waits", [False, True])
 def test_no_rank_waits_for_ever(waits: bool, recorded: Callable) -> None:
     for shape in shapes():
