@@ -68,7 +68,7 @@ def test_split_by_hand() -> None:
     assert [(s.start, s.end) for s in first] == [(0.0, 4.0), (20.0, 28.0)]
 
 
-def test_by_hand_split_interleaved() -> None:
+def test_split_interleaved_by_hand() -> None:
     """The first rank's streams leave half way through its passes, the last one's after them, behind the schedule's own tensor."""
     shares = {"forward_share": 0.5, "backward_share": 0.5}
     sizes = {"transfer": 1.0, "side": 4.0, "bandwidth": 1.0, "send_waits": False}

@@ -6,7 +6,7 @@ n*n coefficients, ``m[i * n + j]``: stream j into stream i.
 Every load is followed by ``.to(float32)``: bf16 arithmetic is what Triton's interpreter can't do, and not what we want anyway.
 
 Sums of products begin with an explicit fused multiply-add: of ``a * b + c * d`` a compiler may fuse either product, and takes one
-here and another one there. Of a later term it fuses the only product (as seen in what is compiled for n = 1 to 8). Streams and
+here and another one there. Of a later term it fuses the only product (tests/unit/kernels/test_compiled.py looks). Streams and
 sublayer inputs that the backward computes again have the bits of the forward.
 """
 

@@ -1,4 +1,5 @@
-"""Compile the kernels that have products in a loop for a Hopper GPU, without one, and print what their loops do, as JSON.
+"""Compile kernels for a Hopper GPU, without one, and print as JSON what the loops with products do, and what became of the mix's
+sums.
 
 Run without TRITON_INTERPRET, which replaces what is to be compiled.
 """
@@ -7,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from typing import Any
 
 import torch
@@ -17,6 +19,7 @@ from triton.compiler import ASTSource
 from mhc_kernels.fused.boundary_plans import ForwardOptions, backward_plan, forward_plan
 from mhc_kernels.fused.launch import Step
 from mhc_kernels.fused.library import sizes_of
+from mhc_kernels.fused.single import mix_project_step
 
 STREAMS = {"x", "y", "y_bias", "out", "u", "g", "du", "dx", "dy", "back"}
 PRODUCTS = {"w", "w_back", "da"}
@@ -43,9 +46,8 @@ def _tile(name: str, views: dict[str, str]) -> str:
     return name
 
 
-def loops(step: Step) -> list[dict[str, Any]]:
-    """Of each loop with products that run beside it: slots of the tiles that they read and that are copied ahead; how many
-    products may still run where the copies start."""
+def compiled(step: Step) -> Any:
+    """The kernel of a launch in bf16."""
     names, arrays, scalars = step.kernel.arg_names, len(step.arrays), len(step.scalars)
     kinds = ["*i64" if a == "seed" else "*bf16" if a in STREAMS | PRODUCTS else "*fp32" for a in step.arrays]
     kinds += ["fp32" if isinstance(scalar, float) else "i32" for scalar in step.scalars]
@@ -53,8 +55,13 @@ def loops(step: Step) -> list[dict[str, Any]]:
     constants = {(arrays + scalars + k,): value for k, value in enumerate(step.meta)}
     aligned = {(k,): [["tt.divisibility", 16]] for k in range(arrays)}
     source = ASTSource(step.kernel, signature, constants, aligned)
-    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": step.warps})
-    lines = compiled.asm["ttgir"].splitlines()
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": step.warps})
+
+
+def loops(step: Step) -> list[dict[str, Any]]:
+    """Of each loop with products that run beside it: slots of the tiles that they read and that are copied ahead; how many
+    products may still run where the copies start."""
+    lines = compiled(step).asm["ttgir"].splitlines()
     tiles = dict(re.findall(r"(%\w+) = ttg\.local_alloc : \(\) -> !ttg\.memdesc<(\d+)x\d+x\d+x", "\n".join(lines)))
     found = []
     for start, line in enumerate(lines):
@@ -76,6 +83,12 @@ def loops(step: Step) -> list[dict[str, Any]]:
     return found
 
 
+def mix_operations(n: int) -> Counter[str]:
+    """float32 operations of the mix alone, by their names in PTX."""
+    step = mix_project_step(sizes_of((2048, n * 1280), n, torch.bfloat16, -1), True, False, False, False, False, 0.0)
+    return Counter(re.findall(r"\b(fma|mul|add)\.[a-z.]*f32\b", compiled(step).asm["ptx"]))
+
+
 if __name__ == "__main__":
     stages = {}
     for n in (4, 5, 8):
@@ -84,4 +97,4 @@ if __name__ == "__main__":
             given = dict(zip(names, step.meta, strict=True))
             name = f"n = {n}, {step.kernel.fn.__name__}, {'' if given.get('MIX', True) else 'no '}mix"
             stages[name] = [given["STAGES"], loops(step)]
-    print(json.dumps(stages))
+    print(json.dumps({"loops": stages, "mix": {n: mix_operations(n) for n in range(1, 9)}}))
