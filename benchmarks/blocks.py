@@ -110,12 +110,12 @@ def build(shape: str, kind: str, layers: int, sequence: int, tiny: bool) -> torc
 
 
 def build_chunks(
-    kind: str, vpp: int, layers: int, experts: int, sequence: int, tiny: bool
+    kind: str, stages: int, vpp: int, layers: int, experts: int, sequence: int, tiny: bool
 ) -> tuple[list[torch.nn.Module], Any]:
-    """This rank's chunks of a 27B-shaped model on two stages, and their config, as Megatron's arguments would have it."""
+    """This rank's chunks of a 27B-shaped model on so many stages, and their config, as Megatron's arguments would have it."""
     dtype = torch.float32 if tiny else torch.bfloat16
     settings: dict[str, Any] = {
-        "pipeline_model_parallel_size": 2,
+        "pipeline_model_parallel_size": stages,
         "pipeline_dtype": dtype,
         "deallocate_pipeline_outputs": True,
         "moe_router_force_load_balancing": True,
@@ -124,10 +124,10 @@ def build_chunks(
     }
     if vpp > 1:
         settings |= {"virtual_pipeline_model_parallel_size": vpp, "overlap_p2p_comm": True}
-        settings |= {"microbatch_group_size_per_vp_stage": 2}
+        settings |= {"microbatch_group_size_per_vp_stage": stages}
     config = _config("27b", layers, tiny, settings)
-    stages = range(vpp) if vpp > 1 else [None]
-    return [_model(config, PIPELINE_KINDS[kind], sequence, tiny, stage) for stage in stages], config
+    chunks = range(vpp) if vpp > 1 else [None]
+    return [_model(config, PIPELINE_KINDS[kind], sequence, tiny, chunk) for chunk in chunks], config
 
 
 def _config(shape: str, layers: int, tiny: bool, pipeline: dict[str, Any]) -> TransformerConfig:

@@ -1,4 +1,4 @@
-"""What pipeline transfers of streams cost a training step on two GPUs.
+"""What pipeline transfers of streams cost a training step on two GPUs, or on as many as there are processes: one a stage.
 
     torchrun --nproc-per-node 2 benchmarks/pipeline.py [--vpp 1 2 4] [--layers 8] [--microbatches 8] [--kinds ...]
                                                        [--json FILE] [--timeline PNG]
@@ -47,7 +47,7 @@ class Run:
 
         self.kind, self.options = kind, options
         self.chunks, self.config = build_chunks(
-            kind, vpp, options.layers, options.experts, options.sequence, options.tiny
+            kind, options.stages, vpp, options.layers, options.experts, options.sequence, options.tiny
         )
         self.times: dict[bool, list[float]] = {False: [], True: []}
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -170,8 +170,9 @@ def link_speed(elements: int) -> float:
         _synchronize()
         dist.barrier()
         started = time.perf_counter()
-        work = dist.isend(tensor, 1) if dist.get_rank() == 0 else dist.irecv(tensor, 0)
-        work.wait()
+        if dist.get_rank() < 2:
+            work = dist.isend(tensor, 1) if dist.get_rank() == 0 else dist.irecv(tensor, 0)
+            work.wait()
         _synchronize()
         times.append(time.perf_counter() - started)
     return 2 * elements / median(times[1:]) / 1e9
@@ -224,9 +225,9 @@ def _trace(run: Run, picture: Path) -> None:
         print(f"{run.kind}: rank 0 computes {busy:.0%} of a step (while a profiler watches)", flush=True)
 
 
-def show(vpp: int, results: dict[str, dict[str, float]], speed: float) -> None:
+def show(stages: int, vpp: int, results: dict[str, dict[str, float]], speed: float) -> None:
     """Print one table."""
-    print(f"\nPP2 x VPP{vpp}, link {speed:.1f} GB/s; ms, GiB on rank 0")
+    print(f"\nPP{stages} x VPP{vpp}, link {speed:.1f} GB/s; ms, GiB on rank 0")
     print("kind            step   local copies   exposed   of residual's     peak")
     base = results.get("residual", {}).get("exposed_ms", float("nan"))
     for kind, r in results.items():
@@ -256,9 +257,7 @@ def _start(options: argparse.Namespace) -> None:
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
     dist.init_process_group("gloo" if options.tiny else "nccl")
-    if dist.get_world_size() != 2:
-        raise SystemExit(f"benchmarks/pipeline.py: {dist.get_world_size()} processes; it wants two")
-    parallel_state.initialize_model_parallel(pipeline_model_parallel_size=2)
+    parallel_state.initialize_model_parallel(pipeline_model_parallel_size=options.stages)
     model_parallel_cuda_manual_seed(0)
 
 
@@ -284,9 +283,14 @@ def main() -> None:
         options.experts = 4
     if options.tiny and options.timeline:
         parser.error("--timeline shows a GPU's work: not with --tiny")
+    options.stages = int(os.environ.get("WORLD_SIZE", "1"))
+    if options.stages < 2:
+        parser.error("one process, no pipeline: start two or more with torchrun")
     for vpp in options.vpp:
-        if options.layers % (2 * vpp):
-            parser.error(f"--layers {options.layers} is not a multiple of 2 stages x {vpp} chunks (--vpp)")
+        if options.layers % (options.stages * vpp):
+            parser.error(
+                f"--layers {options.layers} is not a multiple of {options.stages} stages x {vpp} chunks (--vpp)"
+            )
     _start(options)
     gc.disable()
     speed = link_speed(2**12 if options.tiny else 42 * 2**20)
@@ -298,10 +302,10 @@ def main() -> None:
         try:
             everything[vpp] = measure(vpp, options)
         except torch.OutOfMemoryError as error:
-            print(f"PP2 x VPP{vpp}: {error}")
+            print(f"PP{options.stages} x VPP{vpp}: {error}")
             continue
         if dist.get_rank() == 0:
-            show(vpp, everything[vpp], speed)
+            show(options.stages, vpp, everything[vpp], speed)
             if options.json:  # after each: a run may be cut off
                 _write(options, everything, speed)
     dist.barrier()

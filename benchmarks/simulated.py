@@ -22,7 +22,6 @@ from mhc_megatron.plan.run import Chunk, Run
 from mhc_megatron.plan.schedule import Result, Schedule, exchange, simulate
 from mhc_megatron.plan.traffic import chunk_seconds
 
-STAGES = 2
 STREAMS = 4
 
 
@@ -44,14 +43,15 @@ def last_sublayer_share(layers: int, sequence: int) -> float:
 def simulated(settings: dict[str, Any], vpp: int, kind: str, local: float, latency: float, forward: float) -> Result:
     """The step of one row. local: seconds of the step with local copies; forward: share of a pass's time."""
     tokens = settings["microbatch"] * settings["sequence"]
-    share = last_sublayer_share(settings["layers"] // (STAGES * vpp), settings["sequence"])
+    stages = settings["stages"]
+    share = last_sublayer_share(settings["layers"] // (stages * vpp), settings["sequence"])
     both = local / (
-        settings["microbatches"] * vpp + STAGES - 1
+        settings["microbatches"] * vpp + stages - 1
     )  # a chunk's forward and backward; the rest is the bubble
     crossing: Any = exchange(kind, tokens * SHAPES["27b"]["hidden_size"] * 2, STREAMS, tokens, vpp)
     return simulate(
         Schedule(
-            STAGES,
+            stages,
             settings["microbatches"],
             forward * both,
             (1 - forward) * both,
@@ -75,7 +75,7 @@ def main(argv: list[str] | None = None) -> None:
         written = json.loads(path.read_text())
         settings = written["settings"]
         print(f"{path.name}: {settings['device']}, {settings['gb_per_s']:.1f} GB/s; ms")
-        print("vpp kind         measured step   exposed  simulated exposed   step off by")
+        print("PP  vpp kind         measured step   exposed  simulated exposed   step off by")
         for vpp, kinds in written["results"].items():
             for kind, row in kinds.items():
                 result = simulated(
@@ -83,7 +83,7 @@ def main(argv: list[str] | None = None) -> None:
                 )
                 off = (result.step * 1e3 / row["step_ms"] - 1) * 100
                 measured = f"{row['step_ms']:13.2f} {row['exposed_ms']:9.2f}"
-                print(f"{vpp:>3} {kind:12s} {measured} {result.exposed * 1e3:18.2f} {off:+12.1f} %")
+                print(f"{settings['stages']:<3} {vpp:>3} {kind:12s} {measured} {result.exposed * 1e3:18.2f} {off:+12.1f} %")
 
 
 if __name__ == "__main__":
