@@ -119,6 +119,9 @@ def build_chunks(
         "pipeline_dtype": dtype,
         "deallocate_pipeline_outputs": True,
         "moe_router_force_load_balancing": True,
+        # Every expert takes as many tokens: Megatron's host then waits for no count of them.
+        "moe_expert_capacity_factor": 1.0,
+        "moe_pad_expert_input_to_capacity": True,
         "num_moe_experts": experts,
         "batch_p2p_comm": vpp == 1,
     }

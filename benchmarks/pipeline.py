@@ -6,14 +6,16 @@
 Kinds: residual; wide-stock (mHC, n*C values a token in Megatron's own transfers, its waits for sends included); wide (sends that
 nobody waits for); split (`mhc_megatron.pipeline.split`). Layers of the paper's 27B shape, one dense and the others MoE with
 forced load balancing, Transformer Engine, bf16, forward and backward by Megatron's schedule, no optimizer. A rank has 9 of the 72
-experts, as with the example's EP 8, and all six choices of its tokens fall on them: the same arithmetic. (With all 72 and 4096
-tokens the GPU waits for the host most of the time, and hides any transfer.) Python's garbage is collected between steps.
+experts, as with the example's EP 8, and all six choices of its tokens fall on them: the same arithmetic. Experts have a capacity
+and are padded to it. (Else the host waits for the counts of their tokens; with 4096 or 8192 tokens a microbatch the GPU then
+waits for the host most of the time, and hides any transfer.) Python's garbage is collected between steps.
 
 Exposed: a step's time minus that of the same step with transfers replaced by local copies: each one still sends one element,
 so stages wait for each other as before, and copies the rest from a buffer of its own. (The copies make the difference too small:
-of n streams, 168 MB, by about 0.1 ms a receive.) Without an interleaved schedule, residual and wide-stock have Megatron's batched
-transfers, with its device synchronisation after each (``batch_p2p_sync``). All kinds are built in one process and take turns in
-random order; medians.
+of n streams of 16384 tokens, 336 MB, by about 0.2 ms a receive.) Without an interleaved schedule, residual and wide-stock have
+Megatron's batched transfers, with its device synchronisation after each (``batch_p2p_sync``). All kinds are built in one process
+and take turns in random order; a step and its twin with local copies follow each other. Medians, of the exposed time that of
+these pairs' differences, and its quartiles.
 
 The link is NCCL's choice, and the environment's: NVLink by default; shared memory with NCCL_P2P_DISABLE=1; sockets over
 loopback with NCCL_P2P_DISABLE=1 NCCL_SHM_DISABLE=1 NCCL_SOCKET_IFNAME=lo. Its speed is measured and printed.
@@ -30,7 +32,7 @@ import random
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from statistics import median
+from statistics import median, quantiles
 from typing import Any
 
 import torch
@@ -178,13 +180,13 @@ def link_speed(elements: int) -> float:
     return 2 * elements / median(times[1:]) / 1e9
 
 
-def measure(vpp: int, options: argparse.Namespace) -> dict[str, dict[str, float]]:
+def measure(vpp: int, options: argparse.Namespace) -> dict[str, dict[str, Any]]:
     """Step times of all kinds."""
     from megatron.core import parallel_state
 
     parallel_state.set_virtual_pipeline_model_parallel_world_size(vpp if vpp > 1 else None)
     runs = [Run(kind, vpp, options) for kind in options.kinds]
-    results: dict[str, dict[str, float]] = {}
+    results: dict[str, dict[str, Any]] = {}
     for run in runs:
         for local in (False, False, True):
             run(local)
@@ -198,17 +200,21 @@ def measure(vpp: int, options: argparse.Namespace) -> dict[str, dict[str, float]
     return results
 
 
-def _time(runs: list[Run], results: dict[str, dict[str, float]], vpp: int, options: argparse.Namespace) -> None:
+def _time(runs: list[Run], results: dict[str, dict[str, Any]], vpp: int, options: argparse.Namespace) -> None:
     """Add step times to the results."""
     shuffle = random.Random(0)  # the same order on all ranks
-    turns = [(run, local) for run in runs for local in (False, True)]
+    turns = list(runs)
     for _ in range(options.steps):
         shuffle.shuffle(turns)
-        for run, local in turns:
-            run.times[local].append(run(local))
+        for run in turns:
+            for local in shuffle.sample((False, True), 2):
+                run.times[local].append(run(local))
     for run in runs:
         step, alone = median(run.times[False]), median(run.times[True])
-        results[run.kind] |= {"step_ms": step, "local_ms": alone, "exposed_ms": step - alone}
+        pairs = [a - b for a, b in zip(run.times[False], run.times[True], strict=True)]
+        lower, exposed, upper = quantiles(pairs, n=4, method="inclusive") if len(pairs) > 1 else 3 * pairs
+        own = {"exposed_ms": exposed, "exposed_quartiles_ms": (lower, upper)}
+        results[run.kind] |= {"step_ms": step, "local_ms": alone, **own}
     if options.timeline:
         for run in runs:
             _trace(run, options.timeline.with_name(f"{options.timeline.stem}_vpp{vpp}_{run.kind}.png"))
@@ -225,15 +231,16 @@ def _trace(run: Run, picture: Path) -> None:
         print(f"{run.kind}: rank 0 computes {busy:.0%} of a step (while a profiler watches)", flush=True)
 
 
-def show(stages: int, vpp: int, results: dict[str, dict[str, float]], speed: float) -> None:
+def show(stages: int, vpp: int, results: dict[str, dict[str, Any]], speed: float) -> None:
     """Print one table."""
     print(f"\nPP{stages} x VPP{vpp}, link {speed:.1f} GB/s; ms, GiB on rank 0")
-    print("kind            step   local copies   exposed   of residual's     peak")
+    print("kind            step   local copies   exposed   (quartiles)   of residual's     peak")
     base = results.get("residual", {}).get("exposed_ms", float("nan"))
     for kind, r in results.items():
         print(
-            f"{kind:12s} {r['step_ms']:8.2f} {r['local_ms']:12.2f} {r['exposed_ms']:10.2f} {r['exposed_ms'] / base:14.2f} "
-            f"{r['peak_gib']:9.2f}",
+            f"{kind:12s} {r['step_ms']:8.2f} {r['local_ms']:12.2f} {r['exposed_ms']:10.2f} "
+            f"({r['exposed_quartiles_ms'][0]:6.2f} {r['exposed_quartiles_ms'][1]:6.2f}) {r['exposed_ms'] / base:10.2f} "
+            f"{r['peak_gib']:11.2f}",
             flush=True,
         )
 
@@ -266,7 +273,7 @@ def main() -> None:
     parser.add_argument("--vpp", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--microbatches", type=int, default=8)
-    parser.add_argument("--microbatch", type=int, default=2, help="sequences")
+    parser.add_argument("--microbatch", type=int, default=4, help="sequences")
     parser.add_argument("--experts", type=int, default=9, help="on a rank (--tiny: 4)")
     parser.add_argument("--sequence", type=int, default=4096)
     parser.add_argument("--steps", type=int, default=10)

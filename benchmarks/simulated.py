@@ -83,7 +83,9 @@ def main(argv: list[str] | None = None) -> None:
                 )
                 off = (result.step * 1e3 / row["step_ms"] - 1) * 100
                 measured = f"{row['step_ms']:13.2f} {row['exposed_ms']:9.2f}"
-                print(f"{settings['stages']:<3} {vpp:>3} {kind:12s} {measured} {result.exposed * 1e3:18.2f} {off:+12.1f} %")
+                print(
+                    f"{settings['stages']:<3} {vpp:>3} {kind:12s} {measured} {result.exposed * 1e3:18.2f} {off:+12.1f} %"
+                )
 
 
 if __name__ == "__main__":
