@@ -1,7 +1,7 @@
 """Pipeline schedules exchange streams.
 
 Rebinds, in megatron.core.pipeline_parallel.schedules: the name ``P2PCommunicator``, where both 1F1B schedules take it from;
-and the one without interleaving, to note how many microbatches there will be: receives can then be posted ahead.
+and both of those, to note how many microbatches there will be: it is then known which receives can be posted ahead.
 Why a spec can't: the schedules compute the width of pipeline tensors from ``config.hidden_size``, and tell a communicator
 nothing of what is to come.
 Tested on: megatron-core 0.19.2.
@@ -16,7 +16,7 @@ from typing import Any
 
 from mhc_megatron.megatron_hooks.rebind import Rebinding
 from mhc_megatron.pipeline.communicator import StreamsCommunicator
-from mhc_megatron.pipeline.state import pipeline_state
+from mhc_megatron.pipeline.state import Running, pipeline_state
 
 _MODULE = "megatron.core.pipeline_parallel.schedules"
 
@@ -32,16 +32,16 @@ def _schedule(original: Callable[..., Any]) -> Callable[..., Any]:
         state = pipeline_state(get_model_config(model[0] if isinstance(model, list) else model))
         if state is None:
             return original(*args, **kwargs)
-        state.microbatches = arguments["num_microbatches"]
+        state.running = Running(arguments["num_microbatches"], arguments.get("forward_only", False))
         try:
             return original(*args, **kwargs)
         finally:
-            state.microbatches = None
+            state.running = None
 
     return schedule
 
 
 REBINDINGS = [
     Rebinding(_MODULE, "P2PCommunicator", lambda original: StreamsCommunicator),
-    Rebinding(_MODULE, "forward_backward_pipelining_without_interleaving", _schedule),
+    *(Rebinding(_MODULE, f"forward_backward_pipelining_{how}_interleaving", _schedule) for how in ("with", "without")),
 ]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -9,7 +12,7 @@ from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 
 from mhc_megatron.pipeline.links import BACKWARD, FORWARD, Links
 from mhc_megatron.pipeline.sends import NoWait
-from mhc_megatron.pipeline.side_channel import SideChannel
+from mhc_megatron.pipeline.side_channel import SideChannel, limits
 from mhc_megatron.pipeline.split import accompany, columns
 from mhc_megatron.pipeline.state import PipelineState, pipeline_state
 
@@ -19,7 +22,7 @@ class StreamsCommunicator(P2PCommunicator):
 
     For a model without mHC this is Megatron's communicator unchanged. Else the schedule's ``[s, b, C]`` becomes ``[s, b,
     n*C]``, in Megatron's own transfers or over links of its own (`links`); or ``[s, b, C + a few]`` over links, with a companion
-    of ``[s, b, n*C]`` on the side (`split`). On links:
+    of ``[s, b, n*C]`` (`split`, `side_channel`). On links:
 
     * Sends do not stop the compute stream, batched (``batch_p2p_comm``) or not: the tensor is kept until it has gone.
     * What leaves is an alias of the output, so that Megatron's ``deallocate_output_tensor``, which swaps the output's
@@ -34,12 +37,28 @@ class StreamsCommunicator(P2PCommunicator):
         if state is None or not state.links:
             return
         wraps = config.virtual_pipeline_model_parallel_size is not None
-        self._links = Links.of(pp_group, wraps, "schedule")
+        self._links = Links.of(pp_group, wraps)
         if state.split:
-            receives = None if wraps else state.receives(self.is_pp_first_stage)
-            state.channel = SideChannel(
-                Links.of(pp_group, wraps, "streams"), receives, holds=wraps and self.is_pp_last_stage
+            state.channel = SideChannel(self._links, *self._limits(state))
+
+    def _limits(self, state: PipelineState) -> tuple[int | None, int]:
+        """What the side channel of the schedule that is running may do before the schedule's own transfers."""
+        from megatron.core.pipeline_parallel.schedules import get_pp_rank_microbatches
+
+        config, chunks = self.config, self.virtual_pipeline_model_parallel_size
+        passes, warm_up = None, 0
+        if state.running is not None:
+            passes, _, warm_up, _ = get_pp_rank_microbatches(
+                state.running.microbatches,
+                chunks or 1,
+                config.microbatch_group_size_per_vp_stage,
+                state.running.forward_only,
+                config.overlap_moe_expert_parallel_comm,
+                p2p_communicator=self,
             )
+        if config.overlap_p2p_comm_warmup_flush and chunks is not None:
+            passes = None
+        return limits(self.pp_group.size(), self.pp_group.rank(), passes, warm_up, chunks is not None)
 
     def _communicate(
         self,
@@ -92,29 +111,38 @@ class StreamsCommunicator(P2PCommunicator):
         wanted = [direction for direction, there in ((FORWARD, from_prev), (BACKWARD, from_next)) if there]
         # All memory first (`Links.buffer`).
         links.release()
-        if channel is not None:
-            channel.links.release()
         own = {way: links.buffer(wide if channel is None else narrow, dtype, requires_grad=True) for way in wanted}
         streams = channel.buffers(wide, dtype) if channel is not None and from_prev else []
         gradient = links.buffer(wide, dtype) if channel is not None and from_next else None
 
         handles: dict[str, Any] = {}
-        if channel is not None and from_prev:  # before the schedule's own tensor: they leave earlier, too
-            accompany(own[FORWARD], channel.receive_streams(streams))
-        for way in wanted:
+
+        def receive(way: int) -> None:
             handles["recv_prev" if way == FORWARD else "recv_next"] = links.receive(way, own[way]).work
-        if channel is not None and gradient is not None:
-            accompany(own[BACKWARD], channel.receive_gradient(gradient))
+
+        posts: list[list[Callable[[], Any]]] = []  # for each link, in its order
         if to_next is not None:
-            links.send(FORWARD, to_next.detach())
+            send = partial(links.send, FORWARD, to_next.detach())
+            posts.append([send] if channel is None else [channel.send_held, send])
             handles["send_next"] = NoWait()
+        if from_prev:
+            posts.append([partial(receive, FORWARD)])
             if channel is not None:
-                channel.send_held()
+                posts[-1].insert(0, lambda: accompany(own[FORWARD], channel.receive_streams(streams)))
+                posts[-1].append(lambda: channel.receive_ahead(streams))
         if to_prev is not None:
-            links.send(BACKWARD, to_prev.detach())
+            send = partial(links.send, BACKWARD, to_prev.detach())
+            posts.append([send] if channel is None else [send, channel.send_gradient])
             handles["send_prev"] = NoWait()
-            if channel is not None:
-                channel.send_gradient()
+        if from_next:
+            posts.append([partial(receive, BACKWARD)])
+            if channel is not None and gradient is not None:
+                posts[-1].append(lambda: accompany(own[BACKWARD], channel.receive_gradient(gradient)))
+        # With one queue of launches for the GPU (CUDA_DEVICE_MAX_CONNECTIONS=1) what waits for an earlier transfer on its link
+        # keeps back whatever is launched after it: the first ones of all links come first.
+        for turn in zip_longest(*posts):
+            for post in filter(None, turn):
+                post()
         if wait:
             for handle in handles.values():
                 handle.wait()

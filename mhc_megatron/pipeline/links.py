@@ -46,7 +46,7 @@ class Links:
         wraps: whether the last stage sends to the first (interleaved schedules).
     """
 
-    _made: weakref.WeakKeyDictionary[dist.ProcessGroup, dict[tuple[str, bool], Links]] = weakref.WeakKeyDictionary()
+    _made: weakref.WeakKeyDictionary[dist.ProcessGroup, dict[bool, Links]] = weakref.WeakKeyDictionary()
 
     def __init__(self, group: dist.ProcessGroup, wraps: bool):
         self._ranks = dist.get_process_group_ranks(group)
@@ -59,12 +59,12 @@ class Links:
         self._connect(wraps)
 
     @classmethod
-    def of(cls, group: dist.ProcessGroup, wraps: bool, purpose: str) -> Links:
-        """This rank's links of a pipeline group; for another purpose, other ones."""
+    def of(cls, group: dist.ProcessGroup, wraps: bool) -> Links:
+        """This rank's links of a pipeline group."""
         made = cls._made.setdefault(group, {})
-        if (purpose, wraps) not in made:
-            made[purpose, wraps] = cls(group, wraps)
-        return made[purpose, wraps]
+        if wraps not in made:
+            made[wraps] = cls(group, wraps)
+        return made[wraps]
 
     def send(self, direction: int, tensor: Tensor) -> None:
         """Send to the next stage (FORWARD) or the previous one, as soon as what is launched now is done. Nobody waits."""

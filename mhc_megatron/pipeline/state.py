@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from megatron.core.pipeline_parallel.utils import is_pp_last_stage, is_vp_last_stage
 from megatron.core.utils import log_single_rank
@@ -19,22 +19,25 @@ _logger = logging.getLogger(__name__)
 _ATTRIBUTE = "mhc_pipeline"
 
 
+class Running(NamedTuple):
+    """A pipelined schedule."""
+
+    microbatches: int
+    forward_only: bool
+
+
 class PipelineState:
     """Kept on Megatron's TransformerConfig, which the chunks and the schedule have in common.
 
     num_streams: n. split: whether streams travel apart from the last sublayer's output. links: whether transfers go over links
     of their own (`pipeline.links`) instead of Megatron's. channel: what split streams travel on; the schedule's communicator sets
-    it. microbatches: of the schedule that is running, if it is known and not interleaved.
+    it. running: the schedule that is, if that is known.
     """
 
     def __init__(self, num_streams: int, split: bool, links: bool = True):
         self.num_streams, self.split, self.links = num_streams, split, links
         self.channel: SideChannel | None = None
-        self.microbatches: int | None = None
-
-    def receives(self, first_stage: bool) -> int | None:
-        """How often a rank receives activations from the previous stage, without an interleaved schedule."""
-        return 0 if first_stage else self.microbatches
+        self.running: Running | None = None
 
     def __deepcopy__(self, memo: dict) -> PipelineState:
         return self  # process groups can't be copied, and a copied config is of the same pipeline
@@ -83,8 +86,8 @@ def splits(mhc_config: MHCConfig, config: Any) -> bool:
         _report(f"wide instead of split: {reason}")
         return False
     ring = config.virtual_pipeline_model_parallel_size is not None
-    but = "; the last stage's after it" if ring else ""
-    _report(f"split, the streams on a side channel while the last sublayer of a chunk runs{but}")
+    but = " (the last stage's after it, once the warm-up is over)" if ring else ""
+    _report(f"split, the streams while the last sublayer of a chunk runs{but}, its output after it")
     return True
 
 

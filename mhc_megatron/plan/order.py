@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 
 from megatron.core.pipeline_parallel.schedules import get_pp_rank_microbatches, get_schedule_table
 
+from mhc_megatron.pipeline.side_channel import limits
+
 
 class Place:
     """One rank's place in a pipeline, as Megatron's schedules ask a communicator for it.
@@ -94,6 +96,12 @@ class Order:
         """Of one rank, in order."""
         rank_order = _Rank(self, rank)
         return list(rank_order.interleaved() if self.chunks > 1 else rank_order.plain())
+
+    def limits(self, rank: int) -> tuple[int | None, int]:
+        """Of one rank's split transfers: `mhc_megatron.pipeline.side_channel.limits`."""
+        of_rank, ring = _Rank(self, rank), self.chunks > 1
+        passes = None if ring and self.overlap and self.warmup_flush else of_rank.total
+        return limits(self.stages, rank, passes, of_rank.warm_up, ring)
 
 
 class _Rank:

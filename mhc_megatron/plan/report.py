@@ -67,7 +67,7 @@ def simulated(run: Run, gpu: Gpu, utilization: float, links: Sequence[float]) ->
     """A simulated step of the run's pipeline with each kind of communication, at some link speeds."""
     chunks = run.chunks()
     times = [[chunk_seconds(run, chunk, gpu, utilization) for chunk in stage] for stage in chunks]
-    # The side channel hides behind the smallest last sublayer's share.
+    # Streams hide behind the smallest last sublayer's share.
     share = min(part for stage in times for _, _, part in stage)
     wide = run if run.mhc is not None else variant(run, "mhc")
     order = run_order(run)
@@ -75,7 +75,7 @@ def simulated(run: Run, gpu: Gpu, utilization: float, links: Sequence[float]) ->
     for bandwidth in links:
         for kind in KINDS:
             hidden = boundary_bytes(run)["residual"]
-            crossing = exchange(kind, hidden, wide.streams, run.residual_tokens, run.chunks_per_stage)
+            crossing = exchange(kind, hidden, wide.streams, run.residual_tokens)
             schedule = Schedule(
                 stages=run.stages,
                 microbatches=run.microbatches,

@@ -2,9 +2,9 @@
 
 Every rank runs its instructions (`order`) on one compute stream. A transfer begins when both ends have posted it and its
 link is free (a link: one direction between two ranks; transfers take it in the order in which they are ready), and takes
-latency + bytes / bandwidth. Split streams (architecture: `mhc_megatron.pipeline`) use a second channel on the same link:
-the n*C stream part leaves before the last sublayer of a chunk runs (in interleaved schedules the last rank's with the rest), and
-its gradient is needed only when that sublayer's backward is over.
+latency + bytes / bandwidth. With split transfers (`mhc_megatron.pipeline`) two tensors cross a boundary: the streams, n*C, leave
+before the last sublayer of a chunk runs, as far as `side_channel.limits` has it, and their gradient is needed only when that
+sublayer's backward is over.
 
 Not modelled: kernels that communication slows down, the host, data- and expert-parallel traffic (in the compute times), NCCL's
 choice of one stream for both directions of a pair.
@@ -32,9 +32,8 @@ class Schedule:
         stages, microbatches, chunks, group, overlap, warmup_flush, send_waits: `mhc_megatron.plan.order.Order`.
         forward, backward: seconds of one pass of a microbatch through a chunk: one number, or ``[stage][chunk]``.
         transfer: bytes of the schedule's own tensor, a microbatch, boundary and direction.
-        side: bytes on the side channel (split streams); 0: none. side_ahead: how many of its receives of streams a rank posts
-            earlier than the schedule's own (each costs a boundary tensor of memory); of gradients none.
-        forward_share, backward_share: the last sublayer's part of a pass's time: what the side channel hides behind.
+        side: bytes of streams that cross apart from the schedule's own tensor (split); 0: none.
+        forward_share, backward_share: the last sublayer's part of a pass's time: what the streams hide behind.
         bandwidth: bytes per second and direction; latency: seconds.
     """
 
@@ -50,7 +49,6 @@ class Schedule:
     warmup_flush: bool = False
     send_waits: bool = True
     side: float = 0
-    side_ahead: int = 0
     forward_share: float = 0
     backward_share: float = 0
     latency: float = 0
@@ -86,7 +84,7 @@ class Span:
 
 @dataclass(frozen=True)
 class Transfer:
-    """One transfer between ranks: side: on the side channel."""
+    """One transfer between ranks. side: of streams, apart from the schedule's own."""
 
     source: int
     target: int
@@ -118,12 +116,12 @@ class Result:
         return [span for span in self.spans if span.rank == rank]
 
 
-def exchange(kind: str, hidden: float, streams: int, tokens: float, chunks: int = 1) -> dict[str, float | bool]:
-    """What crosses a boundary with one kind of communication, as fields of a `Schedule` with so many chunks a rank.
+def exchange(kind: str, hidden: float, streams: int, tokens: float) -> dict[str, float | bool]:
+    """What crosses a boundary with one kind of communication, as fields of a `Schedule`.
 
     kind: ``residual`` (C a token), ``wide-stock`` (n*C, as stock Megatron would send it), ``wide`` (n*C, no send waits),
-    ``split`` (C and H_post, n float32, on the schedule; n*C on the side channel). hidden: bytes of C values of all ``tokens`` of
-    a microbatch.
+    ``split`` (C and H_post, n float32, on the schedule; n*C apart from it). hidden: bytes of C values of all ``tokens`` of a
+    microbatch.
 
     Raises:
         ValueError: for another kind.
@@ -133,8 +131,7 @@ def exchange(kind: str, hidden: float, streams: int, tokens: float, chunks: int 
     if kind in ("wide", "wide-stock"):
         return {"transfer": streams * hidden, "send_waits": kind == "wide-stock"}
     if kind == "split":
-        side = {"side": streams * hidden, "side_ahead": 1 if chunks == 1 else 0}
-        return {"transfer": hidden + 4 * streams * tokens, **side, "send_waits": False}
+        return {"transfer": hidden + 4 * streams * tokens, "side": streams * hidden, "send_waits": False}
     raise ValueError(f"no kind of pipeline communication {kind!r}; residual, wide-stock, wide and split exist")
 
 
@@ -176,6 +173,21 @@ class _Ends:
         self.waiting: list[int] = []
 
 
+class _Streams:
+    """What a rank has done of its split transfers: passes whose streams it has sent or holds, receives it has posted."""
+
+    def __init__(self, early: int | None, ahead: int):
+        self.early, self.may_be_ahead = early, ahead
+        self.passes = self.receives = 0
+        self.holds = self.ahead = False
+
+    def leave_early(self) -> bool:
+        """Whether the streams of the pass that runs leave before its last sublayer; else they are held."""
+        self.holds = self.early is not None and self.passes >= self.early
+        self.passes += 1
+        return not self.holds
+
+
 class _Simulation:
     def __init__(self, schedule: Schedule):
         self.schedule, self.now = schedule, 0.0
@@ -187,6 +199,7 @@ class _Simulation:
         self.handles: dict[tuple[int, bool, bool, bool], deque[_Ends]] = defaultdict(deque)
         self.spans: list[Span] = []
         self.transfers: list[Transfer] = []
+        self.streams = [_Streams(*schedule.order.limits(rank)) for rank in range(schedule.stages)]
 
     def run(self) -> tuple[float, list[Span], list[Transfer]]:
         stages = self.schedule.stages
@@ -220,38 +233,31 @@ class _Simulation:
 
     def _rank(self, rank: int, instructions: list[Instruction]) -> Iterator[float | _Ends]:
         """A rank's life: yields how long it computes, or the transfer that it waits for."""
-        # Side receives that are still to be posted, and the first ones, ahead of the schedule's.
-        left = {forward: instructions.count(Post(False, forward)) for forward in (True, False)}
-        for _ in range(min(self.schedule.side_ahead, left[True]) if self.schedule.side else 0):
-            left[True] -= 1
-            self._post(rank, send=False, forward=True, side=True)
         for instruction in instructions:
             if isinstance(instruction, Compute):
                 start = self.now
                 yield from self._compute(rank, instruction)
                 self.spans.append(Span(rank, instruction, start, self.now))
             elif isinstance(instruction, Post):
-                send, forward = instruction
-                for side in self._sides(rank, send, forward):
-                    if side and not send:
-                        left[forward] -= 1
-                        if left[forward] < 0:
-                            continue
-                    self._post(rank, send, forward, side)
+                for side in self._posted(rank, *instruction):
+                    self._post(rank, *instruction, side)
             else:
                 yield from self._wait(rank, instruction)
 
-    def _sides(self, rank: int, send: bool, forward: bool) -> list[bool]:
-        """What is posted together, in order: on the side channel or not."""
+    def _posted(self, rank: int, send: bool, forward: bool) -> list[bool]:
+        """What is posted with the schedule's own tensor, in order: streams or not."""
         if not self.schedule.side:
             return [False]
-        if send and forward:
-            return [False, True] if self._holds(rank) else [False]  # it has left already
-        return [forward, not forward]
-
-    def _holds(self, rank: int) -> bool:
-        """Whether its streams leave with the schedule's own tensor."""
-        return self.schedule.chunks > 1 and rank == self.schedule.stages - 1
+        if not forward:
+            return [False, True]
+        streams = self.streams[rank]
+        if send:
+            return [True, False] if streams.holds else [False]  # else they have left
+        posted = [False] if streams.ahead else [True, False]
+        streams.receives += not streams.ahead
+        streams.ahead = streams.receives < streams.may_be_ahead
+        streams.receives += streams.ahead
+        return [*posted, True] if streams.ahead else posted
 
     def _compute(self, rank: int, compute: Compute) -> Iterator[float | _Ends]:
         schedule, seconds = self.schedule, self.schedule.seconds(rank, compute)
@@ -259,7 +265,7 @@ class _Simulation:
         last = rank == schedule.stages - 1 and compute.chunk == schedule.chunks - 1
         if schedule.side and compute.forward and not first:
             yield from self._finish(rank, send=False, forward=True, side=True)
-        if not schedule.side or last or (compute.forward and self._holds(rank)):
+        if not schedule.side or last or (compute.forward and not self.streams[rank].leave_early()):
             yield seconds
         elif compute.forward:
             yield seconds * (1 - schedule.forward_share)

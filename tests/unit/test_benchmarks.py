@@ -66,7 +66,8 @@ def test_pipeline_is_timed_as_users_run_it() -> None:
     spec = importlib.util.spec_from_file_location("benchmarks_pipeline", BENCHMARKS / "pipeline.py")
     benchmark = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(benchmark)
-    names = ("P2PCommunicator", "forward_backward_pipelining_without_interleaving")
+    schedule = "forward_backward_pipelining_{}_interleaving"
+    names = ("P2PCommunicator", schedule.format("with"), schedule.format("without"))
     for kind, hooked in {"residual": False, "wide-stock": False, "wide": True, "split": True}.items():
         with benchmark._communicator(kind):
             assert {hasattr(getattr(schedules, name), "__wrapped__") for name in names} == {hooked}, kind

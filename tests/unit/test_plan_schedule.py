@@ -69,14 +69,29 @@ def test_split_by_hand() -> None:
 
 
 def test_split_interleaved_by_hand() -> None:
-    """The first rank's streams leave half way through its passes, the last one's after them, behind the schedule's own tensor."""
+    """In the warm-up all streams leave half way through their pass, and are waited for one pass ahead."""
     shares = {"forward_share": 0.5, "backward_share": 0.5}
     sizes = {"transfer": 1.0, "side": 4.0, "bandwidth": 1.0, "send_waits": False}
     result = simulate(Schedule(2, 2, 4.0, 8.0, chunks=2, **sizes, **shares))
     first, last = result.rank(0), result.rank(1)
-    # 4 on the side from 2 to 6, then 1: the last rank computes from 7 to 11. 1 and 4 more: the first one from 16.
-    assert last[0].end == 11.0
-    assert [span.end for span in first[:3]] == [4.0, 8.0, 20.0]
+    # 4 from 2 to 6, then 1: the last rank computes from 7. The second microbatch's streams go from 7 to 11, beside that, and
+    # its y until 12.
+    assert [span.end for span in last[:2]] == [11.0, 16.0]
+    # Back: the streams from 9 to 13, y until 14. For those of the second microbatch the first rank posts no receive before the
+    # pass that precedes it is over: from 18 to 22, y until 23.
+    assert [span.end for span in first[:4]] == [4.0, 8.0, 18.0, 27.0]
+
+
+def test_last_stage_holds_streams_after_the_warm_up() -> None:
+    """The ring of an interleaved schedule: once there are backward passes, they leave the last rank when their pass is over."""
+    shares = {"forward_share": 0.5, "backward_share": 0.5}
+    sizes = {"transfer": 0.1, "side": 0.4, "bandwidth": 1.0, "send_waits": False}
+    result = simulate(Schedule(2, 8, 4.0, 8.0, chunks=2, **sizes, **shares))
+    forward = [span for span in result.rank(1) if span.compute.forward and span.compute.chunk == 0]
+    left = [t.start for t in result.transfers if t.side and t.forward and t.source == 1]
+    assert len(left) == len(forward) == 8
+    # Two passes are the warm-up; the second one's are not received any earlier.
+    assert [start < span.end for start, span in zip(left, forward, strict=True)] == [True, *[False] * 7]
 
 
 def _random_shape(choose: random.Random) -> dict[str, Any]:
@@ -128,7 +143,7 @@ def test_split_is_not_slower_than_wide() -> None:
         hidden = min(shape["forward"], shape["backward"]) * share * choose.uniform(0.05, 1) / n
         exposed = {}
         for kind in ("residual", "wide-stock", "wide", "split"):
-            crossing: Any = exchange(kind, hidden, n, 0, shape["chunks"])
+            crossing: Any = exchange(kind, hidden, n, 0)
             schedule = Schedule(**shape, **crossing, forward_share=share, backward_share=share)
             exposed[kind] = simulate(schedule).exposed
         assert exposed["split"] <= exposed["wide"] + 1e-9 <= exposed["wide-stock"] + 2e-9
@@ -139,7 +154,7 @@ def test_split_is_not_slower_than_wide() -> None:
 @pytest.mark.parametrize("kind", ["wide-stock", "split"])
 def test_long_steps(kind: str, chunks: int, group: int | None) -> None:
     """What is extrapolated is what the whole simulation gives."""
-    crossing: Any = exchange(kind, 0.05, 4, 0, chunks)
+    crossing: Any = exchange(kind, 0.05, 4, 0)
     shares = {"forward_share": 0.4, "backward_share": 0.4, "bandwidth": 1.0}
     schedule = Schedule(4, 64, 1.0, 2.0, chunks=chunks, group=group, **shares, **crossing)
     whole = simulate(schedule)
@@ -160,7 +175,15 @@ def test_benchmark_of_the_simulator(tmp_path: Path) -> None:
         import simulated
     finally:
         sys.path.remove(str(BENCHMARKS))
-    settings = {"microbatch": 1, "sequence": 4096, "layers": 8, "microbatches": 8, "gb_per_s": 36.0, "device": "none"}
+    settings = {
+        "stages": 2,
+        "microbatch": 1,
+        "sequence": 4096,
+        "layers": 8,
+        "microbatches": 8,
+        "gb_per_s": 36.0,
+        "device": "none",
+    }
     for vpp in (1, 2, 4):
         exposed = {}
         for kind in ("residual", "wide-stock", "wide", "split"):

@@ -180,7 +180,7 @@ def test_what_is_sent_is_kept_until_it_has_gone() -> None:
 
 def test_passes_without_a_send_are_an_error() -> None:
     links: Any = None
-    channel = SideChannel(links, None, holds=True)
+    channel = SideChannel(links, 0, 0)
     for _ in range(2):
         channel.send_streams(torch.zeros(1))
     with pytest.raises(RuntimeError, match=r"2 streams where .* sends one; use --mhc-pipeline-comm wide"):

@@ -21,12 +21,11 @@ from mhc_megatron.pipeline import split
 from mhc_megatron.pipeline.communicator import StreamsCommunicator
 from mhc_megatron.pipeline.links import BACKWARD, FORWARD, Arrival, Links, group_of
 from mhc_megatron.pipeline.side_channel import SideChannel
-from mhc_megatron.pipeline.state import pipeline_state, share_pipeline
+from mhc_megatron.pipeline.state import Running, pipeline_state, share_pipeline
 from mhc_megatron.plan.order import Place
 
 
 class Link(NamedTuple):
-    purpose: str
     direction: int
     sender: int
     receiver: int
@@ -38,6 +37,7 @@ class Event(NamedTuple):
 
     kind: str
     link: Link | None = None
+    what: str = ""  # is sent or received: "own" or "streams"
     number: int = -1
     at: tuple[int, int] | None = (
         None  # chunk of the whole model and microbatch of the pass that a send or wait is part of
@@ -47,50 +47,53 @@ class Event(NamedTuple):
 class Recorder:
     """Stands in for Links. Tells which pass it is called from: `at`."""
 
-    def __init__(self, events: list[Event], rank: int, stages: int, purpose: str):
-        self.events, self.rank, self.stages, self.purpose = events, rank, stages, purpose
+    def __init__(self, events: list[Event], rank: int, stages: int, widest: int):
+        self.events, self.rank, self.stages, self.widest = events, rank, stages, widest
         self.at: tuple[int, int] | None = None
 
     def send(self, direction: int, tensor: Tensor) -> None:
         to = (self.rank + (1 if direction == FORWARD else -1)) % self.stages
-        at = getattr(tensor, "at", self.at)  # streams may leave later than their pass
-        self.events.append(Event("send", Link(self.purpose, direction, self.rank, to), at=at))
+        at = getattr(tensor, "at", None)  # streams may leave later than their pass
+        link = Link(direction, self.rank, to)
+        self.events.append(Event("send", link, "own" if at is None else "streams", at=at or self.at))
 
     def buffer(self, shape: Any, dtype: torch.dtype, requires_grad: bool = False) -> Tensor:
         self.events.append(Event("compute"))
-        return torch.zeros(1, dtype=dtype, requires_grad=requires_grad)
+        tensor: Any = torch.zeros(1, dtype=dtype, requires_grad=requires_grad)
+        tensor.what = "own" if shape[-1] < self.widest else "streams"
+        return tensor
 
     def release(self) -> None:
         self.events.append(Event("compute"))
 
-    def receive(self, direction: int, tensor: Tensor) -> Arrival:
+    def receive(self, direction: int, tensor: Any) -> Arrival:
         number = len(self.events)
         sender = (self.rank + (1 if direction == BACKWARD else -1)) % self.stages
-        self.events.append(Event("receive", Link(self.purpose, direction, sender, self.rank), number))
-        work = SimpleNamespace(wait=lambda: self.events.append(Event("wait", None, number, self.at)))
+        self.events.append(Event("receive", Link(direction, sender, self.rank), tensor.what, number))
+        work = SimpleNamespace(wait=lambda: self.events.append(Event("wait", None, "", number, self.at)))
         return Arrival(tensor, work)
 
 
 class Chunk(torch.nn.Module):
     """Does to the side channel what a chunk's first and last mHC sublayers do, and nothing else."""
 
-    def __init__(self, config: Any, stage: int, last_stage: int, streams: Recorder):
+    def __init__(self, config: Any, stage: int, last_stage: int, recorder: Recorder):
         super().__init__()
-        self.config, self.first, self.last, self.streams, self.stage = (
+        self.config, self.first, self.last, self.recorder, self.stage = (
             config,
             stage == 0,
             stage == last_stage,
-            streams,
+            recorder,
             stage,
         )
         self.forwards, self.backwards = itertools.count(), itertools.count()
-        self.events, self.model_type = streams.events, None
+        self.events, self.model_type = recorder.events, None
 
     def set_input_tensor(self, tensors: list[Tensor]) -> None:
         self.input = tensors[0]
 
     def forward(self) -> Tensor:
-        self.streams.at = (self.stage, next(self.forwards))
+        self.recorder.at = (self.stage, next(self.forwards))
         x = torch.zeros(1, requires_grad=True) if self.first else self.input
         channel = pipeline_state(self.config).channel
         if channel is not None and not self.first:
@@ -98,7 +101,7 @@ class Chunk(torch.nn.Module):
         self.events.append(Event("compute"))
         if channel is not None and not self.last:
             streams: Any = torch.zeros(1)
-            streams.at = self.streams.at
+            streams.at = self.recorder.at
             channel.send_streams(streams)
         self.events.append(Event("compute"))  # the last sublayer
         return _Pass.apply(x, self)
@@ -113,13 +116,15 @@ class _Pass(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
         chunk, channel = ctx.chunk, pipeline_state(ctx.chunk.config).channel
-        chunk.streams.at = (chunk.stage, next(chunk.backwards))
+        chunk.recorder.at = (chunk.stage, next(chunk.backwards))
         chunk.events.append(Event("compute"))  # the last sublayer
         if channel is not None and not chunk.last:
             getattr(gradient, split._ARRIVAL).wait()
         chunk.events.append(Event("compute"))
         if channel is not None and not chunk.first:
-            channel.queue_gradient(torch.zeros(1))
+            of_streams: Any = torch.zeros(1)
+            of_streams.at = chunk.recorder.at
+            channel.queue_gradient(of_streams)
         return torch.zeros(1), None
 
 
@@ -168,15 +173,15 @@ def record(shape: Shape, rank: int, monkeypatch: pytest.MonkeyPatch) -> list[Eve
     )
     state = share_pipeline(config, MHCConfig(pipeline_comm=shape.comm))
     events: list[Event] = []
-    made = {purpose: Recorder(events, rank, shape.stages, purpose) for purpose in ("schedule", "streams")}
-    monkeypatch.setattr(Links, "of", lambda group, wraps, purpose: made[purpose])
+    recorder = Recorder(events, rank, shape.stages, 8 * state.num_streams if state.split else 10**9)
+    monkeypatch.setattr(Links, "of", lambda group, wraps: recorder)
     group = Place(shape.stages, shape.chunks, rank)
     alone = Place(1, 1, 0)
     groups = ProcessGroupCollection(tp=alone, cp=alone, pp=group)
     last = shape.stages * shape.chunks - 1
-    chunks = [Chunk(config, i * shape.stages + rank, last, made["streams"]) for i in range(shape.chunks)]
+    chunks = [Chunk(config, i * shape.stages + rank, last, recorder) for i in range(shape.chunks)]
     name = "with" if interleaved else "without"
-    state.microbatches = shape.microbatches
+    state.running = Running(shape.microbatches, shape.forward_only)
     getattr(schedules, f"forward_backward_pipelining_{name}_interleaving")(
         forward_step_func=lambda _, chunk: (chunk(), lambda output: (output.sum(), {})),
         data_iterator=[None] * shape.chunks if interleaved else None,
@@ -189,8 +194,8 @@ def record(shape: Shape, rank: int, monkeypatch: pytest.MonkeyPatch) -> list[Eve
         pg_collection=groups,
     )
     if state.channel is not None:
-        assert not state.channel._left
-        for queue in (state.channel._arriving, state.channel._held, state.channel._gradients):
+        assert state.channel._ahead is None
+        for queue in (state.channel._leaving, state.channel._gradients):
             assert not queue
     return events
 
@@ -203,15 +208,15 @@ def check_partners(ranks: list[list[Event]]) -> None:
         waits = {event.number: event.at for event in events if event.kind == "wait"}
         for event in events:
             if event.kind == "send":
-                sends[event.link].append(event.at)
+                sends[event.link].append((event.what, event.at))
             elif event.kind == "receive":
-                receives[event.link].append(waits[event.number])
+                receives[event.link].append((event.what, waits[event.number]))
     assert sends.keys() == receives.keys()
     for link, sent in sends.items():
         step = 1 if link.direction == FORWARD else -1
-        assert len(sent) == len(receives[link]), link
-        if link.purpose == "streams":
-            assert [(chunk + step, microbatch) for chunk, microbatch in sent] == receives[link], link
+        assert [what for what, _ in sent] == [what for what, _ in receives[link]], link
+        for (what, (chunk, microbatch)), (_, at) in zip(sent, receives[link], strict=True):
+            assert what == "own" or (chunk + step, microbatch) == at, link
 
 
 def unfinished(
@@ -243,8 +248,8 @@ def unfinished(
             if link is not None:
                 count[event.kind, link] += 1
                 transfer = link, count[event.kind, link]
-                group = link.purpose, link.direction, group_of(link.sender, stages, wraps, eager)
-                stream = group if eager else (group, frozenset(link[2:]))
+                group = link.direction, group_of(link.sender, stages, wraps, eager)
+                stream = group if eager else (group, frozenset(link[1:]))
             elif event.kind == "wait":
                 needs.add((rank, event.number))
             needs.add(latest.get(stream))
@@ -280,20 +285,22 @@ def test_transfers_meet(recorded: Callable) -> None:
 
 
 def test_when_streams_leave(recorded: Callable) -> None:
-    """Before a pass's last sublayer runs; from the last stage of a ring after the schedule's own tensor."""
+    """Before a pass's last sublayer runs; from the last stage of a ring, once its warm-up is over, just before the schedule's own
+    tensor."""
     for shape in shapes():
         if shape.comm != "split":
             continue
+        warm_up = 0 if shape.flush else (shape.chunks - 1) * (shape.group or shape.stages)
         for rank, events in enumerate(recorded(shape)):
-            holds = shape.chunks > 1 and rank == shape.stages - 1
-            sent = [event.link[:2] if event.kind == "send" and event.link else event.kind for event in events]
-            streams = [place for place, what in enumerate(sent) if what == ("streams", FORWARD)]
-            assert streams or (rank == shape.stages - 1 and not holds), shape
-            for place in streams:
-                if holds:
-                    assert sent[place - 1] == ("schedule", FORWARD), shape
-                else:
-                    assert sent[place - 1 : place + 2] == ["compute", ("streams", FORWARD), "compute"], shape
+            transfers = [(event.kind, event.what, event.link and event.link.direction) for event in events]
+            streams = [place for place, what in enumerate(transfers) if what == ("send", "streams", FORWARD)]
+            closes = shape.chunks > 1 and rank == shape.stages - 1
+            assert streams or (rank == shape.stages - 1 and not closes), shape
+            for number, place in enumerate(streams):
+                between = transfers[place + 1 : transfers.index(("send", "own", FORWARD), place)]
+                held = ("compute", "", None) not in between
+                may_be_early = not closes or number < warm_up or (shape.forward_only and not shape.flush)
+                assert held is not may_be_early, (shape, rank, number)
 
 
 @pytest.mark.parametrize("waits", [False, True])
@@ -331,13 +338,19 @@ def test_two_stages_in_a_ring_have_four_groups() -> None:
     assert {links._link(direction, sender)[0] for direction in (FORWARD, BACKWARD) for sender in (0, 1)} == set("abcd")
 
 
-@pytest.mark.parametrize(("receives", "expected"), [(None, [1, 2, 3, 4]), (4, [2, 3, 4, 4])])
-def test_one_receive_is_posted_ahead(receives: int | None, expected: list[int]) -> None:
+@pytest.mark.parametrize(
+    ("ahead", "expected"), [(0, [1, 2, 3, 4]), (1, [1, 2, 3, 4]), (3, [2, 3, 3, 4]), (4, [2, 3, 4, 4])]
+)
+def test_one_receive_is_posted_ahead(ahead: int, expected: list[int]) -> None:
     """Each one ahead holds a tensor of n*C values a token."""
     events: list[Event] = []
-    channel = SideChannel(Recorder(events, 1, 2, "streams"), receives)
+    links: Any = Recorder(events, 1, 2, 1)
+    channel = SideChannel(links, None, ahead)
     posted = []
     for _ in range(4):
-        channel.receive_streams(channel.buffers((1,), torch.float32))
+        buffers = channel.buffers((1,), torch.float32)
+        channel.receive_streams(buffers)
+        channel.receive_ahead(buffers)
+        assert not buffers
         posted.append(sum(event.kind == "receive" for event in events))
     assert posted == expected
