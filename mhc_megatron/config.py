@@ -68,9 +68,9 @@ class MHCConfig:
     )
     pipeline_comm: str = _option(
         "auto",
-        "pipeline transfers: auto: all streams in Megatron's own; wide: the same over links of their own, no send stops the "
-        "compute stream; split: H_res x on a side channel while a chunk's last sublayer runs, its output after it (on the "
-        "last stage of an interleaved schedule both after it)",
+        "pipeline transfers: wide: all streams in the schedule's, over links of their own, no send stops the compute stream; "
+        "split: H_res x while a chunk's last sublayer runs, its output after it (on the last stage of an interleaved schedule "
+        "both after it once the warm-up is over); auto: what has been measured to be faster, wide",
         PIPELINE_COMMS,
     )
 

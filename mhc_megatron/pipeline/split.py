@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mhc_kernels import RecomputePlace, aggregate, mix
+from mhc_kernels import RecomputePlace, add_output_, mix, output_gradients
 from mhc_megatron.pipeline.links import Arrival
 from mhc_megatron.pipeline.side_channel import SideChannel
 from mhc_megatron.pipeline.state import PipelineState
@@ -82,8 +82,7 @@ class _Arrive(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, packed: Tensor, streams: Tensor, state: PipelineState, backend: str) -> Tensor:
         y, post = _part(packed, state.num_streams)
-        # float32 inside, whatever the streams' dtype: H_post is.
-        streams.unflatten(-1, (state.num_streams, -1)).addcmul_(post.unsqueeze(-1), y.unsqueeze(-2))
+        add_output_(streams, post, y, backend=backend)
         ctx.save_for_backward(packed)
         ctx.channel, ctx.num_streams, ctx.backend = state.channel, state.num_streams, backend
         ctx.mark_dirty(streams)
@@ -92,15 +91,12 @@ class _Arrive(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
         (packed,) = ctx.saved_tensors
-        y, post = _part(packed, ctx.num_streams)
         gradient = gradient.contiguous()
-        # dy = sum_i H_post_i g_i is an aggregation of g; its derivative by H_post_i in the direction y is g_i . y.
-        with torch.enable_grad():
-            post = post.contiguous().requires_grad_()
-            dy = aggregate(gradient.unflatten(-1, (ctx.num_streams, -1)), post, backend=ctx.backend)
-        (dpost,) = torch.autograd.grad(dy, post, y)
+        returned = torch.empty_like(packed)
+        y, post = _part(packed, ctx.num_streams)
+        output_gradients(gradient, post, y, *_part(returned, ctx.num_streams), backend=ctx.backend)
         ctx.channel.queue_gradient(gradient)
-        return _join(dy.detach(), dpost), None, None, None
+        return returned, None, None, None
 
 
 def depart(

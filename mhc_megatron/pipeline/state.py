@@ -51,7 +51,7 @@ def share_pipeline(config: Any, mhc_config: MHCConfig) -> PipelineState:
     """
     state = pipeline_state(config)
     if state is None:
-        links = mhc_config.pipeline_comm != "auto" and why_not_own_links(config) is None
+        links = why_not_own_links(config) is None
         state = PipelineState(mhc_config.num_streams, splits(mhc_config, config), links)
         setattr(config, _ATTRIBUTE, state)
     elif state.num_streams != mhc_config.num_streams:
@@ -73,13 +73,11 @@ def splits(mhc_config: MHCConfig, config: Any) -> bool:
     stages = config.pipeline_model_parallel_size
     if stages == 1 or mhc_config.num_streams == 1:
         return False
-    if mhc_config.pipeline_comm == "auto":
-        _report(f"{mhc_config.num_streams} streams in Megatron's own transfers (auto)")
-        return False
-    if mhc_config.pipeline_comm == "wide":
+    if mhc_config.pipeline_comm != "split":
         reason = why_not_own_links(config)
         links = "links of their own" if reason is None else f"Megatron's own transfers: {reason}"
-        _report(f"wide, {mhc_config.num_streams} streams in the schedule's transfers, over {links}")
+        wide = "wide" if mhc_config.pipeline_comm == "wide" else "wide (auto)"
+        _report(f"{wide}, {mhc_config.num_streams} streams in the schedule's transfers, over {links}")
         return False
     reason = why_not_split(config)
     if reason is not None:

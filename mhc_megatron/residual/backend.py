@@ -85,6 +85,7 @@ def _build(
         accumulate=accumulate,
         norm=None if centered is None else (dtype, centered),
         recompute=mhc_config.recompute,
+        split=mhc_config.pipeline_comm == "split",
         device=device,
     )
     norm = "" if centered is None else ", with the RMSNorm that follows"

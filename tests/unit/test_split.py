@@ -229,7 +229,7 @@ def test_choice(settings: dict[str, Any], chosen: bool, says: str | None, caplog
 
 
 @pytest.mark.parametrize(
-    ("comm", "links", "split"), [("auto", False, False), ("wide", True, False), ("split", True, True)]
+    ("comm", "links", "split"), [("auto", True, False), ("wide", True, False), ("split", True, True)]
 )
 def test_links_are_asked_for(comm: str, links: bool, split: bool) -> None:
     config = models.make_config(pipeline_model_parallel_size=2, pipeline_dtype=torch.float32)

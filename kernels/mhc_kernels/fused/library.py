@@ -53,7 +53,7 @@ def _without_none(function: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(function)
     def complete(*arguments: Any) -> Any:
         results = function(*arguments)
-        if isinstance(results, Tensor):
+        if results is None or isinstance(results, Tensor):
             return results
         like = next(result for result in results if result is not None)
         return tuple(like.new_empty(0) if result is None else result for result in results)

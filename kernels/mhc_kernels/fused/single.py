@@ -1,4 +1,4 @@
-"""Operators for one step alone: mix, aggregate, Sinkhorn, each with its backward. x is ``[..., n*C]``."""
+"""Operators for one step alone: mix, aggregate, Sinkhorn, adding a sublayer's output; each with its backward. x is ``[..., n*C]``."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from triton import next_power_of_2
 
-from mhc_kernels.fused import backward, configs, forward, single_backward
+from mhc_kernels.fused import add_output, backward, configs, forward, single_backward
 from mhc_kernels.fused.launch import Plan, Step
 from mhc_kernels.fused.library import Sizes, cdiv, operator, sizes
 
@@ -166,6 +166,44 @@ def aggregate_backward(du: Tensor, x: Tensor, pre: Tensor) -> tuple[Tensor, Tens
     if s.t:
         _aggregate_backward_plan(s).run(s.device, du, x, pre, dx, dpre)
     return dx, dpre
+
+
+@plans
+def _add_output_plan(s: Sizes) -> Plan:
+    config = configs.aggregate(s)
+    meta = (s.n, s.c, config.BM, config.BC, config.STAGES)
+    arrays = ("x", "post", "y")
+    return Plan(
+        arrays, [Step(add_output.add_output_kernel, (cdiv(s.t, config.BM), 1, 1), arrays, (s.t,), meta, config.warps)]
+    )
+
+
+@operator("add_output_(Tensor(a!) x, Tensor post, Tensor y) -> ()", lambda x, post, y: None)
+def add_output_(x: Tensor, post: Tensor, y: Tensor) -> None:
+    """``x += outer(post, y)``; x ``[..., n*C]``."""
+    s = sizes(x, post.shape[-1])
+    if s.t:
+        _add_output_plan(s).run(s.device, x, post, y)
+
+
+@plans
+def _add_output_backward_plan(s: Sizes) -> Plan:
+    config = configs.aggregate(s)
+    meta = (s.n, s.c, config.BM, config.BC, config.V, config.STAGES)
+    arrays = ("g", "post", "y", "dy", "dpost")
+    grid = (cdiv(s.t, config.BM), 1, 1)
+    return Plan(arrays, [Step(add_output.add_output_backward_kernel, grid, arrays, (s.t,), meta, config.warps)])
+
+
+@operator(
+    "add_output_backward(Tensor g, Tensor post, Tensor y, Tensor(a!) dy, Tensor(b!) dpost) -> ()",
+    lambda g, post, y, dy, dpost: None,
+)
+def add_output_backward(g: Tensor, post: Tensor, y: Tensor, dy: Tensor, dpost: Tensor) -> None:
+    """The gradients of y and post into dy and dpost; that of x is g, ``[..., n*C]``."""
+    s = sizes(g, post.shape[-1])
+    if s.t:
+        _add_output_backward_plan(s).run(s.device, g, post, y, dy, dpost)
 
 
 @plans

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from mhc_kernels import ops
+from mhc_kernels.add_output import add_output_, output_gradients
 from mhc_kernels.fused.launch import CompileTimes
 from mhc_kernels.norm import RMSNorm
 from mhc_kernels.recompute_input import free_until_backward
@@ -26,6 +27,7 @@ def warm_up(
     accumulate: bool = False,
     norm: tuple[torch.dtype, bool] | None = None,
     recompute: bool = False,
+    split: bool = False,
     device: torch.device | str = "cuda",
 ) -> tuple[int, float]:
     """Compile, or load from Triton's cache, what a chain of sublayers runs: forward and backward, the random state unchanged.
@@ -36,6 +38,7 @@ def warm_up(
         output_bias, dropout_p: whether sublayers return a bias with their output, and the probability of dropout on it.
         norm: dtype of the weight of a RMSNorm fused into the aggregation, and whether it is zero-centered; None for none.
         recompute: whether what sublayers read is computed again in the backward (`mhc_kernels.free_until_backward`).
+        split: whether a sublayer's output is added to streams that have come without it (`mhc_kernels.add_output_`).
         device: where.
 
     Returns:
@@ -75,4 +78,11 @@ def warm_up(
             mean = ops.aggregate(out, torch.full_like(post, 1 / streams), backend="triton")
             ends = (mean, *ends, u2)
             torch.autograd.backward(ends, ends)
+    if split:
+        with torch.no_grad():
+            post = post.detach()
+            add_output_(x.detach().flatten(-2), post, y.detach(), backend="triton")
+            output_gradients(
+                x.detach().flatten(-2), post, y, torch.empty_like(y), torch.empty_like(post), backend="triton"
+            )
     return CompileTimes.kernels - kernels, CompileTimes.seconds - seconds

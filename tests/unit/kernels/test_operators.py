@@ -81,6 +81,11 @@ def test_operators_pass_opcheck() -> None:
     torch.library.opcheck(ops.mix_backward.default, (g[0].flatten(-2), *mixed), test_utils=tests)
     torch.library.opcheck(ops.aggregate.default, (x, a["post"]), test_utils=tests)
     torch.library.opcheck(ops.aggregate_backward.default, (g[1], x, a["post"]), test_utils=tests)
+    torch.library.opcheck(ops.add_output_.default, (x, a["post"], a["y"]), test_utils=tests)
+    outputs = (torch.empty_like(a["y"]), torch.empty_like(a["post"]))
+    torch.library.opcheck(
+        ops.add_output_backward.default, (g[0].flatten(-2), a["post"], a["y"], *outputs), test_utils=tests
+    )
     torch.library.opcheck(ops.sinkhorn.default, (a["res"], 20, 0.0), test_utils=tests)
     torch.library.opcheck(ops.sinkhorn_backward.default, (g[3], a["res"], 20, 0.0), test_utils=tests)
     alone = (x, None, None, None, None, None, 0.0)
