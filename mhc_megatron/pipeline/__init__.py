@@ -1,7 +1,6 @@
 """How streams cross the boundary between two pipeline stages: `state` says which way, `communicator` does it.
 
 wide: ``x' = H_res @ x + outer(H_post, y)``, one tensor of n*C values a token, in the schedule's own transfers.
-split: ``H_res @ x`` (n*C) leaves on a side channel before the chunk's last sublayer runs, y and H_post (C and a few
-columns) in the schedule's own transfers after it; the receiver adds them up (`split`, `side_channel`). In an
-interleaved schedule the last stage's streams leave after it.
+split: ``H_res @ x`` (n*C) leaves before the chunk's last sublayer runs, y and H_post (C and a few columns) in the schedule's
+own transfers after it; the receiver adds them up (`split`; when what leaves: `side_channel`).
 """

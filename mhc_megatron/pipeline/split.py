@@ -1,7 +1,7 @@
 """A boundary between pipeline stages that costs C values a token and direction, not n*C.
 
 A stage boundary carries ``x' = H_res @ x + outer(H_post, y)``. ``H_res @ x`` is known before the chunk's last sublayer F runs;
-y and H_post make the rest. So the sender puts ``H_res @ x`` [s, b, n*C] on the side channel (`depart`), runs F, and
+y and H_post make the rest. So the sender sends ``H_res @ x`` [s, b, n*C] (`depart`), runs F, and
 hands ``[y | H_post]`` to the schedule (`pack`); the receiver adds up (`arrive`). Backward: the gradients of y and H_post
 come back in the schedule's own transfer, F's backward runs, and only then is the gradient of ``H_res @ x`` needed.
 
@@ -102,7 +102,7 @@ class _Arrive(torch.autograd.Function):
 def depart(
     state: PipelineState, x: Tensor, res: Tensor, post: Tensor, u: Tensor, place: RecomputePlace | None, backend: str
 ) -> tuple[Tensor, Departure]:
-    """Hand ``H_res @ x`` to the side channel for the next stage; call it before the chunk's last sublayer runs.
+    """Hand ``H_res @ x`` to the side channel, for the next stage; call it before the chunk's last sublayer runs.
 
     Args:
         x ``[s, b, n*C]``, res ``[s, b, n, n]``, post ``[s, b, n]``: the sublayer's streams and mappings.

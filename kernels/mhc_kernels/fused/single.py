@@ -1,4 +1,4 @@
-"""Operators for one step alone: mix, aggregate, Sinkhorn, adding a sublayer's output; each with its backward. x is ``[..., n*C]``."""
+"""Operators for one step alone, each with its backward: mix, aggregate, Sinkhorn, adding an output. x is ``[..., n*C]``."""
 
 from __future__ import annotations
 
