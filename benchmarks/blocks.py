@@ -65,6 +65,12 @@ SHAPES: dict[str, dict[str, Any]] = {
         "moe_shared_expert_intermediate_size": 2048,
     },
 }
+# Every expert takes as many tokens: Megatron's host then waits for no count of them.
+PADDED: dict[str, Any] = {
+    "moe_router_force_load_balancing": True,
+    "moe_expert_capacity_factor": 1.0,
+    "moe_pad_expert_input_to_capacity": True,
+}
 LAYERS = {"27b": 5, "dense": 4, "v3": 3}
 
 # Small enough for a CPU, and for Megatron's local modules.
@@ -103,9 +109,9 @@ PIPELINE_KINDS: dict[str, MHCConfig | None] = {
 }
 
 
-def build(shape: str, kind: str, layers: int, sequence: int, tiny: bool) -> torch.nn.Module:
+def build(shape: str, kind: str, layers: int, sequence: int, tiny: bool, padded: bool = False) -> torch.nn.Module:
     """A GPTModel of one of SHAPES: Transformer Engine in bf16, or tiny, local and float32."""
-    config = _config(shape, layers, tiny, {})
+    config = _config(shape, layers, tiny, PADDED if padded else {})
     return _model(config, KINDS[kind], sequence, tiny)
 
 
@@ -118,10 +124,7 @@ def build_chunks(
         "pipeline_model_parallel_size": stages,
         "pipeline_dtype": dtype,
         "deallocate_pipeline_outputs": True,
-        "moe_router_force_load_balancing": True,
-        # Every expert takes as many tokens: Megatron's host then waits for no count of them.
-        "moe_expert_capacity_factor": 1.0,
-        "moe_pad_expert_input_to_capacity": True,
+        **PADDED,
         "num_moe_experts": experts,
         "batch_p2p_comm": vpp == 1,
     }
@@ -133,7 +136,7 @@ def build_chunks(
     return [_model(config, PIPELINE_KINDS[kind], sequence, tiny, chunk) for chunk in chunks], config
 
 
-def _config(shape: str, layers: int, tiny: bool, pipeline: dict[str, Any]) -> TransformerConfig:
+def _config(shape: str, layers: int, tiny: bool, more: dict[str, Any]) -> TransformerConfig:
     settings: dict[str, Any] = {
         "num_layers": layers,
         "normalization": "RMSNorm",
@@ -149,7 +152,7 @@ def _config(shape: str, layers: int, tiny: bool, pipeline: dict[str, Any]) -> Tr
         "masked_softmax_fusion": not tiny,
         "persist_layer_norm": not tiny,
         **SHAPES[shape],
-        **pipeline,
+        **more,
     }
     if "num_moe_experts" in settings:
         settings["moe_layer_freq"] = [0] + [1] * (layers - 1)

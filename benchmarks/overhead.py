@@ -5,8 +5,10 @@
 
 Forward + backward of one microbatch on one GPU, Transformer Engine, bf16, no optimizer. All kinds are built in one process and
 take turns, step by step, in random order (a GPU runs faster after a step that heats it less): medians, and the quartiles
-beside them. Memory is the peak of a step above what is allocated before it (gradients of the parameters included). With
-several --layers, the memory that a layer adds is the slope between the first and the last.
+beside them. "over" is the median, over the turns, of a step's time over that of the first kind in the same turn; with recompute,
+the time over that without as well. With --padded experts have one capacity: the host waits for no counts of tokens, and the
+GPU seldom for the host. Memory is the peak of a step above what is allocated before it (gradients of the parameters included).
+With several --layers, the memory that a layer adds is the slope between the first and the last.
 """
 
 from __future__ import annotations
@@ -82,12 +84,21 @@ def _summary(step: Step) -> dict[str, Any]:
     return {"step_ms": median(totals), "low_ms": low, "high_ms": high, **parts}
 
 
+def _over(step: Step, other: Step) -> float:
+    """How much longer a step takes than another kind's in the same turn: the median of the ratios, less one."""
+    return median(sum(a[:2]) / sum(b[:2]) for a, b in zip(step.times, other.times, strict=True)) - 1
+
+
 def measure(options: argparse.Namespace, layers: int) -> dict[str, dict[str, Any]]:
     """Times and peaks of all kinds, and their kernels with --profile."""
     from blocks import build
 
     steps = {
-        kind: Step(build(options.shape, kind, layers, options.sequence, options.tiny), options.tokens, options.sequence)
+        kind: Step(
+            build(options.shape, kind, layers, options.sequence, options.tiny, options.padded),
+            options.tokens,
+            options.sequence,
+        )
         for kind in options.kinds
     }
     results: dict[str, dict[str, Any]] = defaultdict(dict)
@@ -104,7 +115,9 @@ def measure(options: argparse.Namespace, layers: int) -> dict[str, dict[str, Any
         gc.collect()
     gc.enable()
     for kind, step in steps.items():
-        results[kind] |= _summary(step)
+        results[kind] |= {**_summary(step), "over": _over(step, steps[options.kinds[0]])}
+        if kind == "recompute" and "mhc" in steps:
+            results[kind]["over_mhc"] = _over(step, steps["mhc"])
     if options.profile:
         for kind, step in steps.items():
             results[kind] |= kernels(step)
@@ -148,14 +161,15 @@ def show(options: argparse.Namespace, layers: int, results: dict[str, dict[str, 
     print("kind            step  (quartiles)     over  forward backward  host f  host b    peak    over")
     base = results.get("residual", next(iter(results.values())))
     for kind, r in results.items():
-        share = (r["step_ms"] / base["step_ms"] - 1) * 100
         print(
-            f"{kind:10s} {r['step_ms']:9.2f}  ({r['low_ms']:.1f}-{r['high_ms']:.1f}) {share:+7.2f}% {r['forward_ms']:8.2f} "
-            f"{r['backward_ms']:8.2f} {r['host_forward_ms']:7.1f} {r['host_backward_ms']:7.1f} {r['peak_gib']:7.2f} "
+            f"{kind:10s} {r['step_ms']:9.2f}  ({r['low_ms']:.1f}-{r['high_ms']:.1f}) {r['over'] * 100:+7.2f}% "
+            f"{r['forward_ms']:8.2f} {r['backward_ms']:8.2f} {r['host_forward_ms']:7.1f} {r['host_backward_ms']:7.1f} {r['peak_gib']:7.2f} "
             f"{r['peak_gib'] - base['peak_gib']:+7.2f}",
             flush=True,
         )
     for kind, r in results.items():
+        if "over_mhc" in r:
+            print(f"{kind} over mhc: {r['over_mhc'] * 100:+.2f}%")
         if "launches" in r:
             print(
                 f"{kind}: {r['launches']} launches, kernels {r['kernels_ms']:.2f} ms, mHC's {r['mhc_kernels_ms']:.2f}"
@@ -193,6 +207,7 @@ def main(arguments: list[str] | None = None) -> None:
         "--kinds", type=lambda s: s.split(","), default=["residual", "hc", "reference", "mhc", "recompute"]
     )
     parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--padded", action="store_true", help="experts padded to one capacity")
     parser.add_argument("--profile", action="store_true", help="one step of each kind under PyTorch's profiler")
     parser.add_argument("--tiny", action="store_true", help="small sizes, local modules: to try the benchmark on a CPU")
     parser.add_argument("--json", type=Path)

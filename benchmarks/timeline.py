@@ -84,6 +84,7 @@ def _kind(name: str) -> str:
         "phi_streams_backward",
         "project_kernel",
         "pack_kernel",
+        "add_output",
         "aggregate_",
     )
     return "mHC" if any(part in name for part in own) else "other"
