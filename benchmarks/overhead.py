@@ -163,8 +163,8 @@ def show(options: argparse.Namespace, layers: int, results: dict[str, dict[str, 
     for kind, r in results.items():
         print(
             f"{kind:10s} {r['step_ms']:9.2f}  ({r['low_ms']:.1f}-{r['high_ms']:.1f}) {r['over'] * 100:+7.2f}% "
-            f"{r['forward_ms']:8.2f} {r['backward_ms']:8.2f} {r['host_forward_ms']:7.1f} {r['host_backward_ms']:7.1f} {r['peak_gib']:7.2f} "
-            f"{r['peak_gib'] - base['peak_gib']:+7.2f}",
+            f"{r['forward_ms']:8.2f} {r['backward_ms']:8.2f} {r['host_forward_ms']:7.1f} {r['host_backward_ms']:7.1f} "
+            f"{r['peak_gib']:7.2f} {r['peak_gib'] - base['peak_gib']:+7.2f}",
             flush=True,
         )
     for kind, r in results.items():
