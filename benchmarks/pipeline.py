@@ -4,7 +4,9 @@
                                                        [--json FILE] [--timeline PNG]
 
 Kinds: residual; wide-stock (mHC, n*C values a token in Megatron's own transfers, its waits for sends included); wide (sends that
-nobody waits for); split (`mhc_megatron.pipeline.split`). Layers of the paper's 27B shape, one dense and the others MoE with
+nobody waits for); split (`mhc_megatron.pipeline.split`). wide and split with other settings of NCCL for their links, as
+Megatron's ``--high-priority-stream-groups`` and ``--nccl-communicator-config-path`` would make them: ``split:high-priority``,
+``wide:ctas=1-4``, ``split:high-priority:ctas=8-32``. Layers of the paper's 27B shape, one dense and the others MoE with
 forced load balancing, Transformer Engine, bf16, forward and backward by Megatron's schedule, no optimizer. A rank has 9 of the 72
 experts, as with the example's EP 8, and all six choices of its tokens fall on them: the same arithmetic. Experts have a capacity
 and are padded to it. (Else the host waits for the counts of their tokens; with 4096 or 8192 tokens a microbatch the GPU then
@@ -29,7 +31,9 @@ import gc
 import json
 import os
 import random
+import re
 import time
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from statistics import median, quantiles
@@ -47,9 +51,11 @@ class Run:
     def __init__(self, kind: str, vpp: int, options: argparse.Namespace):
         from blocks import build_chunks
 
-        self.kind, self.options = kind, options
+        self.name, self.options = kind, options
+        self.kind, *self.link_settings = kind.split(":")
+        self.links: Any = weakref.WeakKeyDictionary()
         self.chunks, self.config = build_chunks(
-            kind, options.stages, vpp, options.layers, options.experts, options.sequence, options.tiny
+            self.kind, options.stages, vpp, options.layers, options.experts, options.sequence, options.tiny
         )
         self.times: dict[bool, list[float]] = {False: [], True: []}
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -68,7 +74,8 @@ class Run:
             return output, lambda loss: (loss.float().mean(), {})
 
         several = len(self.chunks) > 1
-        with _communicator(self.kind), _local_copies() if local else contextlib.nullcontext():
+        copies = _local_copies() if local else contextlib.nullcontext()
+        with _communicator(self.kind), _links(self.links, self.link_settings), copies:
             _synchronize()
             dist.barrier()
             started = time.perf_counter()
@@ -137,6 +144,32 @@ def _communicator(kind: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def _links(made: Any, settings: list[str]) -> Iterator[None]:
+    """Links of a kind's own, which have NCCL's settings from the pipeline group."""
+    from megatron.core import parallel_state
+
+    from mhc_megatron.pipeline.links import Links
+
+    group = parallel_state.get_pipeline_model_parallel_group()
+    before, Links._made = Links._made, made
+    theirs: Any = None
+    if settings:
+        theirs = group._get_backend(torch.device(torch.cuda.current_device())).options
+        kept = theirs.is_high_priority_stream, theirs.config.min_ctas, theirs.config.max_ctas
+        for setting in settings:
+            if setting == "high-priority":
+                theirs.is_high_priority_stream = True
+            else:
+                theirs.config.min_ctas, theirs.config.max_ctas = map(int, setting.removeprefix("ctas=").split("-"))
+    try:
+        yield
+    finally:
+        Links._made = before
+        if theirs is not None:
+            theirs.is_high_priority_stream, theirs.config.min_ctas, theirs.config.max_ctas = kept
+
+
+@contextlib.contextmanager
 def _local_copies() -> Iterator[None]:
     """Every transfer sends one element; what is received besides is copied from here."""
     send, receive = dist.ProcessGroup.send, dist.ProcessGroup.recv
@@ -180,6 +213,19 @@ def link_speed(elements: int) -> float:
     return 2 * elements / median(times[1:]) / 1e9
 
 
+def _check_kinds(kinds: list[str]) -> str | None:
+    """What is wrong with --kinds."""
+    for kind in kinds:
+        base, *settings = kind.split(":")
+        if base not in KINDS:
+            return f"{kind}: choose from {', '.join(KINDS)}"
+        if settings and base not in ("wide", "split"):
+            return f"{kind}: only wide and split have links of their own"
+        if wrong := [s for s in settings if s != "high-priority" and not re.fullmatch(r"ctas=\d+-\d+", s)]:
+            return f"{kind}: {wrong[0]} is neither high-priority nor ctas=MIN-MAX"
+    return None
+
+
 def measure(vpp: int, options: argparse.Namespace) -> dict[str, dict[str, Any]]:
     """Step times of all kinds."""
     from megatron.core import parallel_state
@@ -190,7 +236,7 @@ def measure(vpp: int, options: argparse.Namespace) -> dict[str, dict[str, Any]]:
     for run in runs:
         for local in (False, False, True):
             run(local)
-        results[run.kind] = {"peak_gib": run.peak_gib()}
+        results[run.name] = {"peak_gib": run.peak_gib()}
     gc.collect()
     gc.freeze()  # a collection between steps has little to look at
     try:
@@ -214,21 +260,27 @@ def _time(runs: list[Run], results: dict[str, dict[str, Any]], vpp: int, options
         pairs = [a - b for a, b in zip(run.times[False], run.times[True], strict=True)]
         lower, exposed, upper = quantiles(pairs, n=4, method="inclusive") if len(pairs) > 1 else 3 * pairs
         own = {"exposed_ms": exposed, "exposed_quartiles_ms": (lower, upper)}
-        results[run.kind] |= {"step_ms": step, "local_ms": alone, **own}
+        results[run.name] |= {"step_ms": step, "local_ms": alone, **own}
     if options.timeline:
         for run in runs:
-            _trace(run, options.timeline.with_name(f"{options.timeline.stem}_vpp{vpp}_{run.kind}.png"))
+            _trace(
+                run, options.timeline.with_name(f"{options.timeline.stem}_vpp{vpp}_{run.name.replace(':', '_')}.png")
+            )
 
 
 def _trace(run: Run, picture: Path) -> None:
+    from matched import describe, recorded
     from timeline import draw
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
         run()
+    ranks: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(ranks, recorded(profiler))
     if dist.get_rank() == 0:
-        busy = draw(profiler, picture, f"{run.kind}, rank 0")
-        print(f"{run.kind}: rank 0 computes {busy:.0%} of a step (while a profiler watches)", flush=True)
+        busy = draw(profiler, picture, f"{run.name}, rank 0")
+        print(f"{run.name}: rank 0 computes {busy:.0%} of a step (while a profiler watches)")
+        print(describe(*ranks[:2]), flush=True)
 
 
 def show(stages: int, vpp: int, results: dict[str, dict[str, Any]], speed: float) -> None:
@@ -284,12 +336,12 @@ def main() -> None:
         "--timeline", type=Path, help="a picture a kind, of one step, and how much of it the GPU computes"
     )
     options = parser.parse_args()
-    if unknown := set(options.kinds) - set(KINDS):
-        parser.error(f"--kinds {', '.join(unknown)}: choose from {', '.join(KINDS)}")
+    if wrong := _check_kinds(options.kinds):
+        parser.error(f"--kinds {wrong}")
     if options.tiny:
         options.experts = 4
-    if options.tiny and options.timeline:
-        parser.error("--timeline shows a GPU's work: not with --tiny")
+    if options.tiny and (options.timeline or any(":" in kind for kind in options.kinds)):
+        parser.error("--timeline shows a GPU's work, and settings of a kind are NCCL's: not with --tiny")
     options.stages = int(os.environ.get("WORLD_SIZE", "1"))
     if options.stages < 2:
         parser.error("one process, no pipeline: start two or more with torchrun")

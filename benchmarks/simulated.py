@@ -48,7 +48,7 @@ def simulated(settings: dict[str, Any], vpp: int, kind: str, local: float, laten
     both = local / (
         settings["microbatches"] * vpp + stages - 1
     )  # a chunk's forward and backward; the rest is the bubble
-    crossing: Any = exchange(kind, tokens * SHAPES["27b"]["hidden_size"] * 2, STREAMS, tokens)
+    crossing: Any = exchange(kind.partition(":")[0], tokens * SHAPES["27b"]["hidden_size"] * 2, STREAMS, tokens)
     return simulate(
         Schedule(
             stages,

@@ -8,7 +8,9 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import pytest
 from megatron.core.pipeline_parallel import schedules
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
@@ -61,14 +63,47 @@ def test_pipeline(tmp_path: Path) -> None:
     assert "PP2 x VPP2" in output
 
 
-def test_pipeline_is_timed_as_users_run_it() -> None:
-    """Split transfers with the schedules' hooks, without which no receive is posted ahead; a residual model with none."""
+def _pipeline_benchmark() -> Any:
     spec = importlib.util.spec_from_file_location("benchmarks_pipeline", BENCHMARKS / "pipeline.py")
     benchmark = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(benchmark)
+    return benchmark
+
+
+def test_pipeline_is_timed_as_users_run_it() -> None:
+    """Split transfers with the schedules' hooks, without which no receive is posted ahead; a residual model with none."""
+    benchmark = _pipeline_benchmark()
     schedule = "forward_backward_pipelining_{}_interleaving"
     names = ("P2PCommunicator", schedule.format("with"), schedule.format("without"))
     for kind, hooked in {"residual": False, "wide-stock": False, "wide": True, "split": True}.items():
         with benchmark._communicator(kind):
             assert {hasattr(getattr(schedules, name), "__wrapped__") for name in names} == {hooked}, kind
         assert not any(hasattr(getattr(schedules, name), "__wrapped__") for name in names)
+
+
+def test_transfers_are_matched(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Data moves from when the later end is there; what one rank computes beside counts once."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    from matched import Moved, Rank, describe, match, union
+
+    assert union([(3.0, 4.0), (0.0, 1.0), (0.5, 2.0)]) == [(0.0, 2.0), (3.0, 4.0)]
+    first = Rank({7: [(0.0, 10.0), (20.0, 24.0)], 8: [(0.0, 1.0)]}, [(0.0, 7.0)])
+    second = Rank({7: [(6.0, 10.0), (18.0, 24.0)], 8: []}, [(5.0, 8.0), (21.0, 22.0)])
+    assert match(first, second) == {7: [Moved(4.0, 6.0, 2.0), Moved(4.0, 2.0, 1.0)]}
+    assert describe(first, second) == (
+        "    stream 7: 2 transfers, moving 4.00 ms (4.00 to 4.00), 38% of that beside computation; waiting 4.00, 8 in all"
+    )
+
+
+@pytest.mark.parametrize(
+    ("kind", "says"),
+    [
+        ("narrow", "choose from"),
+        ("residual:ctas=1-4", "only wide and split"),
+        ("split:ctas=4", "MIN-MAX"),
+        ("split", None),
+    ],
+)
+def test_kinds_of_the_pipeline_benchmark(kind: str, says: str | None) -> None:
+    wrong = _pipeline_benchmark()._check_kinds([kind])
+    assert wrong is None if says is None else says in wrong
