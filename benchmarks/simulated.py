@@ -18,6 +18,7 @@ from typing import Any
 from blocks import SHAPES
 
 from mhc_megatron.plan.gpus import GPUS
+from mhc_megatron.plan.report import KINDS
 from mhc_megatron.plan.run import Chunk, Run
 from mhc_megatron.plan.schedule import Result, Schedule, exchange, simulate
 from mhc_megatron.plan.traffic import chunk_seconds
@@ -78,6 +79,8 @@ def main(argv: list[str] | None = None) -> None:
         print("PP  vpp kind         measured step   exposed  simulated exposed   step off by")
         for vpp, kinds in written["results"].items():
             for kind, row in kinds.items():
+                if kind.partition(":")[0] not in KINDS:
+                    continue
                 result = simulated(
                     settings, int(vpp), kind, row["local_ms"] / 1e3, options.latency / 1e6, options.forward
                 )

@@ -10,7 +10,7 @@ MODES = ("mhc", "hc")
 PROFILES = ("paper", "deepseek-v4")
 INITS = ("preserve", "paper")
 BACKENDS = ("auto", "triton", "reference")
-PIPELINE_COMMS = ("auto", "wide", "split")
+PIPELINE_COMMS = ("auto", "wide", "split", "wide-stock")
 
 # Fields that change what a trained model computes: a checkpoint fits only a model with the same values.
 FUNCTIONAL_FIELDS = ("num_streams", "mode", "profile", "sinkhorn_iterations", "eps")
@@ -70,7 +70,7 @@ class MHCConfig:
         "auto",
         "pipeline transfers: wide: all streams in the schedule's, over links of their own, no send stops the compute stream; "
         "split: H_res x while a chunk's last sublayer runs, its output after it (on the last stage of an interleaved schedule "
-        "both after it once the warm-up is over); auto: what has been measured to be faster, wide",
+        "both after it once the warm-up is over); wide-stock: all streams in Megatron's own transfers; auto: wide",
         PIPELINE_COMMS,
     )
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mhc_kernels.backend import check_contiguous, resolve_backend
+from mhc_kernels.backend import check_contiguous, check_same_device, resolve_backend
 from mhc_kernels.reference import check_streams
 
 
@@ -29,9 +29,11 @@ def add_output_(x: Tensor, post: Tensor, y: Tensor, *, backend: str = "auto") ->
         backend: as of the operations (`mhc_kernels.backend`). The kernels want contiguous tensors.
 
     Raises:
-        ValueError: for shapes that do not fit.
+        ValueError: for shapes, dtypes and devices that do not fit; for an x that wants a gradient.
     """
     n = post.shape[-1]
+    if x.requires_grad and torch.is_grad_enabled():
+        raise ValueError("add_output_ has no derivative: give it a tensor without requires_grad, or use mix()")
     if _on_triton(x, post, y, backend):
         check_contiguous(x=x, post=post, y=y)
         _kernels().add_output_(x, post, y)
@@ -45,8 +47,16 @@ def output_gradients(g: Tensor, post: Tensor, y: Tensor, dy: Tensor, dpost: Tens
     Args:
         g: ``[..., n*C]``, the gradient of what x has become; it is x's own as well.
         post, y, backend: as there.
+
+    Raises:
+        ValueError: as there.
     """
     n = post.shape[-1]
+    for name, ours, of in (("dy", dy, y), ("dpost", dpost, post)):
+        if (ours.shape, ours.dtype, ours.device) != (of.shape, of.dtype, of.device):
+            raise ValueError(
+                f"{name} must be {of.dtype} {list(of.shape)} on {of.device}, got {ours.dtype} {list(ours.shape)}"
+            )
     if _on_triton(g, post, y, backend):
         check_contiguous(g=g, post=post, y=y, dy=dy, dpost=dpost)
         _kernels().add_output_backward(g, post, y, dy, dpost)
@@ -59,6 +69,12 @@ def output_gradients(g: Tensor, post: Tensor, y: Tensor, dy: Tensor, dpost: Tens
 def _on_triton(x: Tensor, post: Tensor, y: Tensor, backend: str) -> bool:
     *tokens, width = x.shape
     n = post.shape[-1]
+    if width % n:
+        raise ValueError(f"x must be n*C values a token, and post n; got {width} and {n}")
     check_streams("post", post, (*tokens, n))
     check_streams("y", y, (*tokens, width // n))
+    for name, found, dtype in (("post", post.dtype, torch.float32), ("y", y.dtype, x.dtype)):
+        if found != dtype:
+            raise ValueError(f"{name} must be {dtype} beside streams of {x.dtype}, got {found}")
+    check_same_device(x=x, post=post, y=y)
     return resolve_backend(backend, n, width // n, x.dtype, x.device) == "triton"

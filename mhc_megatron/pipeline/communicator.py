@@ -42,7 +42,7 @@ class StreamsCommunicator(P2PCommunicator):
             state.channel = SideChannel(self._links, *self._limits(state))
 
     def _limits(self, state: PipelineState) -> tuple[int | None, int]:
-        """What the side channel of the schedule that is running may do before the schedule's own transfers."""
+        """`early` and `ahead` of the `SideChannel` of the schedule that is running."""
         from megatron.core.pipeline_parallel.schedules import get_pp_rank_microbatches
 
         config, chunks = self.config, self.virtual_pipeline_model_parallel_size

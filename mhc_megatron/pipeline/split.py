@@ -73,6 +73,7 @@ class _Pack(torch.autograd.Function):
                 "mHC: a pipeline stage's gradient came without that of the streams; use --mhc-pipeline-comm wide where "
                 "something replaces the schedule's tensors"
             )
+        delattr(gradient, _ARRIVAL)  # the schedule keeps its tensor longer
         return *_part(gradient, ctx.num_streams), None
 
 
@@ -102,7 +103,7 @@ class _Arrive(torch.autograd.Function):
 def depart(
     state: PipelineState, x: Tensor, res: Tensor, post: Tensor, u: Tensor, place: RecomputePlace | None, backend: str
 ) -> tuple[Tensor, Departure]:
-    """Hand ``H_res @ x`` to the side channel, for the next stage; call it before the chunk's last sublayer runs.
+    """Send ``H_res @ x`` to the next stage, or hold it (`side_channel`); call it before the chunk's last sublayer runs.
 
     Args:
         x ``[s, b, n*C]``, res ``[s, b, n, n]``, post ``[s, b, n]``: the sublayer's streams and mappings.

@@ -51,7 +51,8 @@ def share_pipeline(config: Any, mhc_config: MHCConfig) -> PipelineState:
     """
     state = pipeline_state(config)
     if state is None:
-        links = why_not_own_links(config) is None
+        several = mhc_config.num_streams > 1 and config.pipeline_model_parallel_size > 1
+        links = several and mhc_config.pipeline_comm != "wide-stock" and why_not_own_links(config) is None
         state = PipelineState(mhc_config.num_streams, splits(mhc_config, config), links)
         setattr(config, _ATTRIBUTE, state)
     elif state.num_streams != mhc_config.num_streams:
@@ -73,6 +74,9 @@ def splits(mhc_config: MHCConfig, config: Any) -> bool:
     stages = config.pipeline_model_parallel_size
     if stages == 1 or mhc_config.num_streams == 1:
         return False
+    if mhc_config.pipeline_comm == "wide-stock":
+        _report(f"wide, {mhc_config.num_streams} streams in Megatron's own transfers, as asked for")
+        return False
     if mhc_config.pipeline_comm != "split":
         reason = why_not_own_links(config)
         links = "links of their own" if reason is None else f"Megatron's own transfers: {reason}"
@@ -84,7 +88,8 @@ def splits(mhc_config: MHCConfig, config: Any) -> bool:
         _report(f"wide instead of split: {reason}")
         return False
     ring = config.virtual_pipeline_model_parallel_size is not None
-    but = " (the last stage's after it, once the warm-up is over)" if ring else ""
+    since = "" if config.overlap_p2p_comm_warmup_flush else ", once the warm-up is over"
+    but = f" (the last stage's after it{since})" if ring else ""
     _report(f"split, the streams while the last sublayer of a chunk runs{but}, its output after it")
     return True
 

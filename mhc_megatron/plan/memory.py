@@ -49,6 +49,7 @@ def stage_memory(run: Run, stage: int) -> StageMemory:
     count = rank_count(run, chunks)
     layers = sum(chunk.layers for chunk in chunks)
     # One tensor that a neighbour has sent ahead, a direction; without interleaving, of split transfers' streams another one.
+    # (With it as well, but in the warm-up alone: the last one has been used when the first backward pass comes.)
     split = run.mhc is not None and run.mhc.pipeline_comm == "split"
     tensors = 3 if split and run.chunks_per_stage == 1 else 2
     buffers = tensors * stream_bytes(run) if run.stages > 1 else 0

@@ -13,6 +13,7 @@ from mhc_kernels import RMSNorm
 from mhc_kernels.backend import why_not_triton
 from mhc_kernels.norm import FUSED_NORM_STREAMS
 from mhc_megatron.config import MHCConfig
+from mhc_megatron.pipeline.state import splits
 
 _logger = logging.getLogger(__name__)
 
@@ -47,6 +48,7 @@ def check_backend(mhc_config: MHCConfig, config: Any, hidden_size: int, norm: RM
             float(config.hidden_dropout),
             bool(config.gradient_accumulation_fusion),
             None if norm is None or mhc_config.num_streams > FUSED_NORM_STREAMS else norm.centered,
+            splits(mhc_config, config),
             device,
         )
         return True
@@ -68,6 +70,7 @@ def _build(
     dropout_p: float,
     accumulate: bool,
     centered: bool | None,
+    split: bool,
     device: torch.device,
 ) -> None:
     from mhc_kernels.fused.warm_up import warm_up
@@ -85,7 +88,7 @@ def _build(
         accumulate=accumulate,
         norm=None if centered is None else (dtype, centered),
         recompute=mhc_config.recompute,
-        split=mhc_config.pipeline_comm == "split",
+        split=split,
         device=device,
     )
     norm = "" if centered is None else ", with the RMSNorm that follows"

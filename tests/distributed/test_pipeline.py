@@ -176,7 +176,7 @@ def lose_a_peer(settings: dict[str, Any], how: str, folder: Path) -> None:
 
 @pytest.mark.parametrize("how", ["killed", "stuck"])
 def test_a_lost_peer_ends_the_run(how: str, tmp_path: Path, hooks: None) -> None:
-    """With the pipeline group's own timeout, on the side channel as well."""
+    """With the pipeline group's own timeout, on our links as well."""
     sizes = {"pipeline_model_parallel_size": 2}
     with pytest.raises(Exception, match="terminated"):
         run_ranks(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import weakref
 from collections import deque
 from datetime import timedelta
 from types import SimpleNamespace
@@ -110,6 +111,22 @@ def test_streams_take_no_second_tensor() -> None:
     streams = split.arrive(packed, state, "reference")
     assert streams.data_ptr() == buffer.data_ptr()
     assert (streams == 1).all()
+
+
+def test_the_streams_gradient_goes_with_the_backward() -> None:
+    """The schedule keeps its own tensor until the next one has come."""
+    state = PipelineState(N, split=True)
+    state.channel = Loop()
+    x, y = torch.randn(*TOKENS, N * C).requires_grad_(), torch.randn(*TOKENS, C).requires_grad_()
+    res, post = torch.rand(*TOKENS, N, N), torch.rand(*TOKENS, N)
+    packed = split.pack(y, None, 0.0, *split.depart(state, x, res, post, y.detach(), None, "reference"))
+    gradient, of_streams = torch.ones_like(packed), torch.ones(*TOKENS, N * C)
+    split.accompany(gradient, Arrival(of_streams, Done()))
+    alive = weakref.ref(of_streams)
+    del of_streams
+    packed.backward(gradient)
+    assert x.grad is not None
+    assert alive() is None
 
 
 def test_what_came_alone_is_no_boundary() -> None:
@@ -229,9 +246,17 @@ def test_choice(settings: dict[str, Any], chosen: bool, says: str | None, caplog
 
 
 @pytest.mark.parametrize(
-    ("comm", "links", "split"), [("auto", True, False), ("wide", True, False), ("split", True, True)]
+    ("comm", "links", "split"),
+    [("auto", True, False), ("wide", True, False), ("split", True, True), ("wide-stock", False, False)],
 )
 def test_links_are_asked_for(comm: str, links: bool, split: bool) -> None:
     config = models.make_config(pipeline_model_parallel_size=2, pipeline_dtype=torch.float32)
     state = share_pipeline(config, MHCConfig(pipeline_comm=comm))
     assert (state.links, state.split) == (links, split)
+
+
+@pytest.mark.parametrize(("stages", "streams"), [(1, 4), (2, 1)])
+def test_no_links_for_nothing(stages: int, streams: int) -> None:
+    config = models.make_config(pipeline_model_parallel_size=stages, pipeline_dtype=torch.float32)
+    state = share_pipeline(config, MHCConfig(pipeline_comm="split", num_streams=streams))
+    assert (state.links, state.split) == (False, False)

@@ -3,6 +3,7 @@ nothing waits in a ring, whatever NCCL runs one after the other and wherever a r
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable
@@ -17,12 +18,13 @@ from megatron.core.transformer import TransformerConfig
 from torch import Tensor
 
 from mhc_megatron import MHCConfig
+from mhc_megatron.megatron_hooks.pipeline import REBINDINGS
 from mhc_megatron.pipeline import split
 from mhc_megatron.pipeline.communicator import StreamsCommunicator
 from mhc_megatron.pipeline.links import BACKWARD, FORWARD, Arrival, Links, group_of
 from mhc_megatron.pipeline.side_channel import SideChannel
-from mhc_megatron.pipeline.state import Running, pipeline_state, share_pipeline
-from mhc_megatron.plan.order import Place
+from mhc_megatron.pipeline.state import pipeline_state, share_pipeline
+from mhc_megatron.plan.order import Order, Place
 
 
 class Link(NamedTuple):
@@ -75,7 +77,7 @@ class Recorder:
 
 
 class Chunk(torch.nn.Module):
-    """Does to the side channel what a chunk's first and last mHC sublayers do, and nothing else."""
+    """Does to a SideChannel what a chunk's first and last mHC sublayers do, and nothing else."""
 
     def __init__(self, config: Any, stage: int, last_stage: int, recorder: Recorder):
         super().__init__()
@@ -181,8 +183,15 @@ def record(shape: Shape, rank: int, monkeypatch: pytest.MonkeyPatch) -> list[Eve
     last = shape.stages * shape.chunks - 1
     chunks = [Chunk(config, i * shape.stages + rank, last, recorder) for i in range(shape.chunks)]
     name = "with" if interleaved else "without"
-    state.running = Running(shape.microbatches, shape.forward_only)
-    getattr(schedules, f"forward_backward_pipelining_{name}_interleaving")(
+    original = getattr(schedules, f"forward_backward_pipelining_{name}_interleaving")
+
+    @functools.wraps(original)
+    def schedule(**arguments: Any) -> Any:
+        """Makes its communicator when it runs, as Megatron's do without process groups of the caller's."""
+        return original(**arguments, p2p_communicator=StreamsCommunicator(group, config), pg_collection=groups)
+
+    (hook,) = [rebinding for rebinding in REBINDINGS if rebinding.name == original.__name__]
+    hook.make(schedule)(
         forward_step_func=lambda _, chunk: (chunk(), lambda output: (output.sum(), {})),
         data_iterator=[None] * shape.chunks if interleaved else None,
         model=chunks if interleaved else chunks[0],
@@ -190,10 +199,20 @@ def record(shape: Shape, rank: int, monkeypatch: pytest.MonkeyPatch) -> list[Eve
         seq_length=1,
         micro_batch_size=1,
         forward_only=shape.forward_only,
-        p2p_communicator=StreamsCommunicator(group, config),
-        pg_collection=groups,
     )
+    assert state.running is None
     if state.channel is not None:
+        if not shape.forward_only:  # the planner has no other steps
+            order = Order(
+                shape.stages,
+                shape.microbatches,
+                shape.chunks,
+                shape.group,
+                shape.overlap,
+                shape.flush,
+                send_waits=False,
+            )
+            assert (state.channel._early, state.channel._may_be_ahead) == order.limits(rank), (shape, rank)
         assert state.channel._ahead is None
         for queue in (state.channel._leaving, state.channel._gradients):
             assert not queue

@@ -74,10 +74,24 @@ def test_same_bits_every_time_and_nan_goes_through() -> None:
 
 
 def test_arguments_that_do_not_fit() -> None:
-    x, post, y, g = arguments(6, 4, 64, torch.float32)
-    with pytest.raises(ValueError, match=r"y must be \[6, 64\]"):
-        add_output_(x, post, y[:, :32])
-    with pytest.raises(ValueError, match="post must be"):
-        output_gradients(g, post[:3], y, torch.empty_like(y), torch.empty_like(post))
-    with pytest.raises(ValueError, match=r"y must be contiguous .* call y.contiguous\(\)"):
-        add_output_(x, post, y.T.contiguous().T, backend="triton")
+    """The kernels take addresses: what does not fit is refused before."""
+    x, post, y, g = arguments(6, 4, 64, torch.bfloat16)
+    dy, dpost = torch.empty_like(y), torch.empty_like(post)
+    for wrong, message in (
+        ((x, post, y[:, :32]), r"y must be \[6, 64\]"),
+        ((x, post[:3], y), r"post must be \[6, 4\]"),
+        ((x, post.double(), y), "post must be torch.float32 .* got torch.float64"),
+        ((x, post, y.float()), "y must be torch.bfloat16 .* got torch.float32"),
+        ((x[:, :255], post, y), "n\\*C values a token, and post n; got 255 and 4"),
+        ((x, post, y.T.contiguous().T), r"y must be contiguous .* call y.contiguous\(\)"),
+        ((x.clone().requires_grad_(), post, y), "no derivative"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            add_output_(*wrong, backend="triton")
+    for wrong, message in (
+        ((g, post, y, dy[:3], dpost), r"dy must be torch.bfloat16 \[6, 64\]"),
+        ((g, post, y, dy, dpost[:3]), r"dpost must be torch.float32 \[6, 4\]"),
+        ((g, post, y, dy.float(), dpost), "dy must be torch.bfloat16"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            output_gradients(*wrong, backend="triton")
