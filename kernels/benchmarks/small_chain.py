@@ -9,7 +9,19 @@ import sys
 
 import torch
 
-from mhc_kernels import RMSNorm, aggregate, boundary, connect, free_until_backward, mappings, mix, recompute, sinkhorn
+from mhc_kernels import (
+    RMSNorm,
+    add_output_,
+    aggregate,
+    boundary,
+    connect,
+    free_until_backward,
+    mappings,
+    mix,
+    output_gradients,
+    recompute,
+    sinkhorn,
+)
 
 TOKENS, WIDTH = 70, 48
 STREAMS = (4, 3, 5, 8)
@@ -34,6 +46,9 @@ def main() -> None:
         total = aggregate(out, pre, backend="triton").float().sum() + post.sum() + (res * matrices).sum()
         total.backward()
         recomputed(x, own, None if n > 4 else norm)
+        rest, last = x.detach().flatten(-2).clone(), y.detach()
+        add_output_(rest, post.detach(), last, backend="triton")
+        output_gradients(rest, post.detach(), last, torch.empty_like(last), torch.empty_like(post), backend="triton")
         torch.cuda.synchronize()
         assert x.grad.isfinite().all()
         print(f"{n} streams: ran", flush=True)
