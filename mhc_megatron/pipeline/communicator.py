@@ -11,8 +11,9 @@ import torch
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 
 from mhc_megatron.pipeline.links import BACKWARD, FORWARD, Links
+from mhc_megatron.pipeline.passes import Plan, Rank, plan, unknown
 from mhc_megatron.pipeline.sends import NoWait
-from mhc_megatron.pipeline.side_channel import SideChannel, limits
+from mhc_megatron.pipeline.side_channel import SideChannel
 from mhc_megatron.pipeline.split import accompany, columns
 from mhc_megatron.pipeline.state import PipelineState, pipeline_state
 
@@ -39,26 +40,38 @@ class StreamsCommunicator(P2PCommunicator):
         wraps = config.virtual_pipeline_model_parallel_size is not None
         self._links = Links.of(pp_group, wraps)
         if state.split:
-            state.channel = SideChannel(self._links, *self._limits(state))
+            state.channel = SideChannel(self._links, self._plan(state))
 
-    def _limits(self, state: PipelineState) -> tuple[int | None, int]:
-        """`early` and `ahead` of the `SideChannel` of the schedule that is running."""
-        from megatron.core.pipeline_parallel.schedules import get_pp_rank_microbatches
+    def _plan(self, state: PipelineState) -> Plan:
+        """Of the schedule that is running."""
+        from megatron.core.pipeline_parallel.schedules import get_pp_rank_microbatches, get_schedule_table
 
-        config, chunks = self.config, self.virtual_pipeline_model_parallel_size
-        passes, warm_up = None, 0
-        if state.running is not None:
-            passes, _, warm_up, _ = get_pp_rank_microbatches(
-                state.running.microbatches,
-                chunks or 1,
-                config.microbatch_group_size_per_vp_stage,
-                state.running.forward_only,
-                config.overlap_moe_expert_parallel_comm,
-                p2p_communicator=self,
+        config, chunks = self.config, self.virtual_pipeline_model_parallel_size or 1
+        if state.running is None:
+            return unknown(chunks > 1, self.is_pp_last_stage)
+        microbatches, forward_only = state.running
+        group = config.microbatch_group_size_per_vp_stage if chunks > 1 else 1
+        _, _, warm_up, _ = get_pp_rank_microbatches(
+            microbatches,
+            chunks,
+            config.microbatch_group_size_per_vp_stage,
+            forward_only,
+            config.overlap_moe_expert_parallel_comm,
+            p2p_communicator=self,
+        )
+        return plan(
+            Rank(
+                self.pp_group.rank(),
+                self.pp_group.size(),
+                chunks,
+                get_schedule_table(microbatches, chunks, group),
+                warm_up,
+                group,
+                config.overlap_p2p_comm,
+                config.overlap_p2p_comm_warmup_flush,
+                forward_only,
             )
-        if config.overlap_p2p_comm_warmup_flush and chunks is not None:
-            passes = None
-        return limits(self.pp_group.size(), self.pp_group.rank(), passes, warm_up, chunks is not None)
+        )
 
     def _communicate(
         self,
@@ -108,12 +121,16 @@ class StreamsCommunicator(P2PCommunicator):
                     "of the TransformerConfig to the dtype of the streams"
                 )
         narrow, wide = _shapes(tensor_shape, state, dtype) if from_prev or from_next else ((), ())
+        split = {
+            FORWARD: channel is not None and from_prev and channel.splits_receive(),
+            BACKWARD: channel is not None and from_next and channel.splits_gradient(),
+        }
         wanted = [direction for direction, there in ((FORWARD, from_prev), (BACKWARD, from_next)) if there]
         # All memory first (`Links.buffer`).
         links.release()
-        own = {way: links.buffer(wide if channel is None else narrow, dtype, requires_grad=True) for way in wanted}
+        own = {way: links.buffer(narrow if split[way] else wide, dtype, requires_grad=True) for way in wanted}
         streams = channel.buffers(wide, dtype) if channel is not None and from_prev else []
-        gradient = links.buffer(wide, dtype) if channel is not None and from_next else None
+        gradient = links.buffer(wide, dtype) if split[BACKWARD] else None
 
         handles: dict[str, Any] = {}
 
@@ -122,18 +139,21 @@ class StreamsCommunicator(P2PCommunicator):
 
         posts: list[list[Callable[[], Any]]] = []  # for each link, in its order
         if to_next is not None:
-            send = partial(links.send, FORWARD, to_next.detach())
-            posts.append([send] if channel is None else [channel.send_held, send])
+            posts.append([partial(links.send, FORWARD, to_next.detach())])
             handles["send_next"] = NoWait()
+            if channel is not None and self._is_split(to_next, state):
+                posts[-1].insert(0, channel.send_held)
         if from_prev:
             posts.append([partial(receive, FORWARD)])
-            if channel is not None:
+            if channel is not None and split[FORWARD]:
                 posts[-1].insert(0, lambda: accompany(own[FORWARD], channel.receive_streams(streams)))
+            if channel is not None:
                 posts[-1].append(lambda: channel.receive_ahead(streams))
         if to_prev is not None:
-            send = partial(links.send, BACKWARD, to_prev.detach())
-            posts.append([send] if channel is None else [send, channel.send_gradient])
+            posts.append([partial(links.send, BACKWARD, to_prev.detach())])
             handles["send_prev"] = NoWait()
+            if channel is not None and self._is_split(to_prev, state):
+                posts[-1].append(channel.send_gradient)
         if from_next:
             posts.append([partial(receive, BACKWARD)])
             if channel is not None and gradient is not None:
@@ -147,6 +167,10 @@ class StreamsCommunicator(P2PCommunicator):
             for handle in handles.values():
                 handle.wait()
         return own.get(FORWARD), own.get(BACKWARD), None if wait else handles
+
+    def _is_split(self, tensor: torch.Tensor, state: PipelineState) -> bool:
+        """Whether it is y with H_post, or their gradients, and not streams."""
+        return tensor.shape[-1] != self.config.hidden_size * state.num_streams
 
 
 def _shapes(

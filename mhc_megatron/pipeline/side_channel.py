@@ -1,4 +1,4 @@
-"""When streams travel, on the same links as the schedule's own tensors.
+"""When streams travel, on the same links as the schedule's own tensors (`passes`: for which of them).
 
 On every link a pass's streams come before its y, and y's gradient before the streams' one: what is needed first. One queue
 for both, so that no more kernels of NCCL stand on the GPU and wait for their other end than with wide transfers: each takes
@@ -15,8 +15,8 @@ stages' passes in which each waits for earlier ones alone.
 
 In an interleaved schedule the last stage sends to the first, and where each stage's streams are under way until the next one's
 pass is over, all of them may wait in a ring, for ever (as seen with NCCL). In the warm-up it is open, as the first stage posts
-its receives after the passes that precede them; there transfers are exposed. Later a transfer has a whole pass of time:
-the last stage's streams leave with the schedule's own tensor (`send_held`), and nothing is posted ahead (`limits`).
+its receives after the passes that precede them; there transfers are exposed. Later the last
+stage's streams leave with the schedule's own tensor (`send_held`), and nothing is posted ahead (`passes.plan`).
 
 tests/unit/test_transfer_order.py plays this for every pass of every rank.
 """
@@ -29,27 +29,28 @@ import torch
 from torch import Tensor
 
 from mhc_megatron.pipeline.links import BACKWARD, FORWARD, Arrival, Links
+from mhc_megatron.pipeline.passes import Plan
 
 
 class SideChannel:
-    """One schedule's streams on ``links``.
+    """One schedule's streams on ``links``."""
 
-    early: how many passes' streams leave before the schedule's own tensor, the first ones; None: all of them. ahead: how many
-    receives, the first ones, may be posted before the schedule's own.
-    """
-
-    def __init__(self, links: Links, early: int | None, ahead: int):
-        self.links, self._early, self._may_be_ahead = links, early, ahead
-        self._passes = self._receives = 0
+    def __init__(self, links: Links, plan: Plan):
+        self.links, self._plan = links, plan
+        self._passes = self._receives = self._gradient_receives = 0
         self._ahead: Arrival | None = None
         self._leaving: deque[Tensor | None] = deque()
-        """Of passes whose result the schedule has not sent yet: the streams; None if they have left."""
+        """Of split passes whose result the schedule has not sent yet: the streams; None if they have left."""
         self._gradients: deque[Tensor] = deque()
+
+    def departs(self) -> bool:
+        """Whether the result of the pass that runs is split. Once a pass whose result is sent."""
+        self._passes += 1
+        return _at(self._plan.sends, self._passes - 1)
 
     def send_streams(self, tensor: Tensor) -> None:
         """Send ``H_res @ x`` to the next stage: now, or when the schedule sends the pass's result."""
-        held = self._early is not None and self._passes >= self._early
-        self._passes += 1
+        held = self._plan.early is not None and self._passes > self._plan.early
         self._leaving.append(tensor if held else None)
         if not held:
             self.links.send(FORWARD, tensor)
@@ -64,25 +65,32 @@ class SideChannel:
         if streams is not None:
             self.links.send(FORWARD, streams)
 
+    def splits_receive(self) -> bool:
+        """Whether what the schedule receives next from the previous stage is split."""
+        return _at(self._plan.receives, self._receives)
+
+    def splits_gradient(self) -> bool:
+        """Whether the gradient that the schedule receives next is split. Once a receive."""
+        self._gradient_receives += 1
+        return _at(self._plan.gradients, self._gradient_receives - 1)
+
     def buffers(self, shape: tuple[int, ...], dtype: torch.dtype) -> list[Tensor]:
         """For what `receive_streams` and then `receive_ahead` post."""
-        now = 0 if self._ahead is not None else 1
-        count = now + (self._receives + now < self._may_be_ahead)
-        return [self.links.buffer(shape, dtype) for _ in range(count)]
+        now = self.splits_receive() and self._ahead is None
+        later = self._receives + 1
+        ahead = later < self._plan.ahead and _at(self._plan.receives, later)
+        return [self.links.buffer(shape, dtype) for _ in range(now + ahead)]
 
     def receive_streams(self, buffers: list[Tensor]) -> Arrival:
         """Receive the previous stage's, before the schedule's own tensor."""
         arrival, self._ahead = self._ahead, None
-        return self._receive(buffers.pop(0)) if arrival is None else arrival
+        return self.links.receive(FORWARD, buffers.pop(0)) if arrival is None else arrival
 
     def receive_ahead(self, buffers: list[Tensor]) -> None:
-        """After the schedule's own tensor: post what may be posted ahead."""
-        if buffers:
-            self._ahead = self._receive(buffers.pop())
-
-    def _receive(self, buffer: Tensor) -> Arrival:
+        """After the schedule's own tensor, whether that is split or not: post what may be posted ahead."""
         self._receives += 1
-        return self.links.receive(FORWARD, buffer)
+        if buffers:
+            self._ahead = self.links.receive(FORWARD, buffers.pop())
 
     def queue_gradient(self, tensor: Tensor) -> None:
         """Hand over the streams' gradient; it leaves after the schedule has sent y's: `send_gradient`."""
@@ -112,17 +120,5 @@ def _only(waiting: deque, what: str) -> Tensor | None:
     return found
 
 
-def limits(stages: int, stage: int, passes: int | None, warm_up: int, ring: bool) -> tuple[int | None, int]:
-    """``early`` and ``ahead`` of a `SideChannel`.
-
-    Args:
-        passes: of the rank's schedule; None if that is not known.
-        warm_up: how many of them come before the first backward pass.
-        ring: whether the schedule is interleaved.
-    """
-    if passes is None:
-        return (0 if ring and stage == stages - 1 else None), 0
-    if not ring:
-        return None, passes
-    early = warm_up if stage == stages - 1 else None
-    return early, 0 if stage == 0 else min(passes, warm_up + 1)
+def _at(split: tuple[bool, ...] | None, number: int) -> bool:
+    return split is None or split[number]

@@ -100,6 +100,20 @@ class _Arrive(torch.autograd.Function):
         return returned, None, None, None
 
 
+def departs(state: PipelineState) -> bool:
+    """Whether the streams of the pass that runs leave apart from its output (`passes`). Call it once a pass, in chunks that
+    hand theirs on.
+
+    Raises:
+        RuntimeError: without a schedule that sends streams.
+    """
+    if state.channel is None:
+        raise RuntimeError(
+            "mHC: --mhc-pipeline-comm split needs mhc_megatron.enable() before training starts, or 'wide'"
+        )
+    return state.channel.departs()
+
+
 def depart(
     state: PipelineState, x: Tensor, res: Tensor, post: Tensor, u: Tensor, place: RecomputePlace | None, backend: str
 ) -> tuple[Tensor, Departure]:
@@ -119,10 +133,7 @@ def depart(
 
 def depart_with(state: PipelineState, streams: Tensor, post: Tensor) -> tuple[Tensor, Departure]:
     """As `depart`, with ``H_res @ x`` given."""
-    if state.channel is None:
-        raise RuntimeError(
-            "mHC: --mhc-pipeline-comm split needs mhc_megatron.enable() before training starts, or 'wide'"
-        )
+    assert state.channel is not None, "departs() comes first"
     departure = Departure(state.channel, streams.dtype)
     return _Depart.apply(streams, post, departure), departure
 

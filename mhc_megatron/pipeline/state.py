@@ -87,10 +87,10 @@ def splits(mhc_config: MHCConfig, config: Any) -> bool:
     if reason is not None:
         _report(f"wide instead of split: {reason}")
         return False
-    ring = config.virtual_pipeline_model_parallel_size is not None
-    since = "" if config.overlap_p2p_comm_warmup_flush else ", once the warm-up is over"
-    but = f" (the last stage's after it{since})" if ring else ""
-    _report(f"split, the streams while the last sublayer of a chunk runs{but}, its output after it")
+    which = "split"
+    if config.virtual_pipeline_model_parallel_size is not None and config.overlap_p2p_comm:
+        which = "split for the first and the last group of microbatches of a step, the others wide"
+    _report(f"{which}: the streams while the last sublayer of a chunk runs, its output after it")
     return True
 
 

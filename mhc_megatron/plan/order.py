@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from megatron.core.pipeline_parallel.schedules import get_pp_rank_microbatches, get_schedule_table
 
-from mhc_megatron.pipeline.side_channel import limits
+from mhc_megatron.pipeline.passes import Plan, Rank, plan
 
 
 class Place:
@@ -97,11 +97,13 @@ class Order:
         rank_order = _Rank(self, rank)
         return list(rank_order.interleaved() if self.chunks > 1 else rank_order.plain())
 
-    def limits(self, rank: int) -> tuple[int | None, int]:
-        """Of one rank's split transfers: `mhc_megatron.pipeline.side_channel.limits`."""
-        of_rank, ring = _Rank(self, rank), self.chunks > 1
-        passes = None if ring and self.overlap and self.warmup_flush else of_rank.total
-        return limits(self.stages, rank, passes, of_rank.warm_up, ring)
+    def split_plan(self, rank: int) -> Plan:
+        """Of one rank's split transfers."""
+        of_rank = _Rank(self, rank)
+        group = (self.group or self.stages) if self.chunks > 1 else 1
+        overlap = self.overlap and self.chunks > 1
+        flush = overlap and self.warmup_flush
+        return plan(Rank(rank, self.stages, self.chunks, of_rank.table, of_rank.warm_up, group, overlap, flush, False))
 
 
 class _Rank:

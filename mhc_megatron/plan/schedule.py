@@ -3,8 +3,8 @@
 Every rank runs its instructions (`order`) on one compute stream. A transfer begins when both ends have posted it and its
 link is free (a link: one direction between two ranks; transfers take it in the order in which they are ready), and takes
 latency + bytes / bandwidth. With split transfers (`mhc_megatron.pipeline`) two tensors cross a boundary: the streams, n*C, leave
-before the last sublayer of a chunk runs, as far as `side_channel.limits` has it, and their gradient is needed only when that
-sublayer's backward is over.
+before the last sublayer of a chunk runs, as far as `mhc_megatron.pipeline.passes` has it, and their gradient is needed only when
+that sublayer's backward is over; transfers that it does not split carry n*C.
 
 Not modelled: kernels that communication slows down, the host, data- and expert-parallel traffic (in the compute times), NCCL's
 choice of one stream for both directions of a pair.
@@ -13,10 +13,11 @@ choice of one stream for both directions of a pair.
 from __future__ import annotations
 
 import heapq
-from collections import defaultdict, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
+from mhc_megatron.pipeline.passes import Plan
 from mhc_megatron.plan.order import Compute, Instruction, Order, Post, Wait
 
 _ENOUGH = 4  # groups of microbatches that have a warm-up, a steady state and a cool-down
@@ -166,26 +167,45 @@ def step_times(schedule: Schedule) -> tuple[float, float]:
 class _Ends:
     """A transfer's two ends, as they are posted; ``done``: when it is over."""
 
-    def __init__(self, source: int, target: int, forward: bool, side: bool):
-        self.source, self.target, self.forward, self.side = source, target, forward, side
+    def __init__(self, source: int, target: int, forward: bool, side: bool, size: float):
+        self.source, self.target, self.forward, self.side, self.size = source, target, forward, side, size
         self.posted = 0
         self.done: float | None = None
         self.waiting: list[int] = []
 
 
 class _Streams:
-    """What a rank has done of its split transfers: passes whose streams it has sent or holds, receives it has posted."""
+    """A rank's split transfers, as far as it has come."""
 
-    def __init__(self, early: int | None, ahead: int):
-        self.early, self.may_be_ahead = early, ahead
-        self.passes = self.receives = 0
-        self.holds = self.ahead = False
+    def __init__(self, plan: Plan):
+        self.plan = plan
+        self.of = {
+            (True, True): plan.sends,
+            (False, True): plan.receives,
+            (True, False): plan.returns,
+            (False, False): plan.gradients,
+        }
+        self.posted: Counter[tuple[bool, bool]] = Counter()
+        self.used: Counter[bool] = Counter()  # by passes: of what was received, forward or not
+        self.passes = 0  # whose result is sent
+        self.splits = self.holds = self.ahead = False
+
+    def split(self, send: bool, forward: bool, number: int) -> bool:
+        """Whether that transfer of its kind is split."""
+        known = self.of[send, forward]
+        return known is None or known[number]
+
+    def use(self, forward: bool) -> bool:
+        """A pass takes what was received for it: whether that was split."""
+        self.used[forward] += 1
+        return self.split(False, forward, self.used[forward] - 1)
 
     def leave_early(self) -> bool:
-        """Whether the streams of the pass that runs leave before its last sublayer; else they are held."""
-        self.holds = self.early is not None and self.passes >= self.early
+        """A forward pass, whose result is sent: whether its streams leave before its last sublayer."""
+        self.splits = self.split(True, True, self.passes)
+        self.holds = self.plan.early is not None and self.passes >= self.plan.early
         self.passes += 1
-        return not self.holds
+        return self.splits and not self.holds
 
 
 class _Simulation:
@@ -199,7 +219,7 @@ class _Simulation:
         self.handles: dict[tuple[int, bool, bool, bool], deque[_Ends]] = defaultdict(deque)
         self.spans: list[Span] = []
         self.transfers: list[Transfer] = []
-        self.streams = [_Streams(*schedule.order.limits(rank)) for rank in range(schedule.stages)]
+        self.streams = [_Streams(schedule.order.split_plan(rank)) for rank in range(schedule.stages)]
 
     def run(self) -> tuple[float, list[Span], list[Transfer]]:
         stages = self.schedule.stages
@@ -239,42 +259,54 @@ class _Simulation:
                 yield from self._compute(rank, instruction)
                 self.spans.append(Span(rank, instruction, start, self.now))
             elif isinstance(instruction, Post):
-                for side in self._posted(rank, *instruction):
-                    self._post(rank, *instruction, side)
+                for side, size in self._posted(rank, *instruction):
+                    self._post(rank, *instruction, side, size)
             else:
                 yield from self._wait(rank, instruction)
 
-    def _posted(self, rank: int, send: bool, forward: bool) -> list[bool]:
-        """What is posted with the schedule's own tensor, in order: streams or not."""
-        if not self.schedule.side:
-            return [False]
-        if not forward:
-            return [False, True]
-        streams = self.streams[rank]
-        if send:
-            return [True, False] if streams.holds else [False]  # else they have left
-        posted = [False] if streams.ahead else [True, False]
-        streams.receives += not streams.ahead
-        streams.ahead = streams.receives < streams.may_be_ahead
-        streams.receives += streams.ahead
-        return [*posted, True] if streams.ahead else posted
+    def _posted(self, rank: int, send: bool, forward: bool) -> list[tuple[bool, float]]:
+        """What is posted with the schedule's own tensor, in order: whether it is streams apart from it, and bytes."""
+        schedule, streams = self.schedule, self.streams[rank]
+        if not schedule.side:
+            return [(False, schedule.transfer)]
+        number = streams.posted[send, forward]
+        streams.posted[send, forward] += 1
+        own, apart = (False, schedule.transfer), (True, schedule.side)
+        if not streams.split(send, forward, number):
+            posted = [(False, schedule.side)]
+        elif not forward:
+            posted = [own, apart]
+        elif send:
+            posted = [apart, own] if streams.holds else [own]  # else they have left
+        else:
+            posted = [own] if streams.ahead else [apart, own]
+        if forward and not send:
+            streams.ahead = number + 1 < streams.plan.ahead and streams.split(False, True, number + 1)
+            posted += [apart] if streams.ahead else []
+        return posted
 
     def _compute(self, rank: int, compute: Compute) -> Iterator[float | _Ends]:
         schedule, seconds = self.schedule, self.schedule.seconds(rank, compute)
         first = rank == 0 and compute.chunk == 0
         last = rank == schedule.stages - 1 and compute.chunk == schedule.chunks - 1
-        if schedule.side and compute.forward and not first:
-            yield from self._finish(rank, send=False, forward=True, side=True)
-        if not schedule.side or last or (compute.forward and not self.streams[rank].leave_early()):
+        streams = self.streams[rank]
+        if not schedule.side:
             yield seconds
         elif compute.forward:
-            yield seconds * (1 - schedule.forward_share)
-            self._post(rank, send=True, forward=True, side=True)
-            yield seconds * schedule.forward_share
-        else:
+            if not first and streams.use(True):
+                yield from self._finish(rank, send=False, forward=True, side=True)
+            if not last and streams.leave_early():
+                yield seconds * (1 - schedule.forward_share)
+                self._post(rank, True, True, True, schedule.side)
+                yield seconds * schedule.forward_share
+            else:
+                yield seconds
+        elif not last and streams.use(False):
             yield seconds * schedule.backward_share
             yield from self._finish(rank, send=False, forward=False, side=True)
             yield seconds * (1 - schedule.backward_share)
+        else:
+            yield seconds
 
     def _wait(self, rank: int, wait: Wait) -> Iterator[_Ends]:
         handles = self.handles[rank, wait.send, wait.forward, False]
@@ -287,7 +319,7 @@ class _Simulation:
         while ends.done is None:
             yield ends
 
-    def _post(self, rank: int, send: bool, forward: bool, side: bool) -> None:
+    def _post(self, rank: int, send: bool, forward: bool, side: bool, size: float) -> None:
         """One end of a transfer; when it is the second one, the transfer begins as soon as its link is free."""
         stages = self.schedule.stages
         peer = (rank + 1 if send == forward else rank - 1) % stages
@@ -296,7 +328,7 @@ class _Simulation:
         if known:
             ends = known.popleft()
         else:
-            ends = _Ends(source, target, forward, side)
+            ends = _Ends(source, target, forward, side, size)
             self.half[source, target, forward, side, send].append(ends)
         self.handles[rank, send, forward, side].append(ends)
         ends.posted += 1
@@ -306,7 +338,7 @@ class _Simulation:
     def _start(self, ends: _Ends) -> None:
         schedule, link = self.schedule, (ends.source, ends.target)
         start = max(self.now, self.links[link])
-        busy = (schedule.side if ends.side else schedule.transfer) / schedule.bandwidth
+        busy = ends.size / schedule.bandwidth
         self.links[link] = start + busy
         end = start + busy + schedule.latency
         self.transfers.append(Transfer(ends.source, ends.target, ends.forward, ends.side, start, end))

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from mhc_kernels import aggregate
 from mhc_megatron.config import MHCConfig
-from mhc_megatron.pipeline.split import arrive, depart_with, pack
+from mhc_megatron.pipeline.split import arrive, depart_with, departs, pack
 from mhc_megatron.pipeline.state import share_pipeline
 from mhc_megatron.residual.hyper_connection import ExitHead
 from mhc_megatron.residual.norm_wrapper import NormBuilder, NormWrapper
@@ -46,7 +46,7 @@ class StreamEntry(nn.Module):
             streams = hidden.clone()
         else:
             streams = arrive(hidden, self._pipeline, self.backend)
-        if not self.departs:
+        if not (self.departs and departs(self._pipeline)):
             return streams
         nothing = streams.new_zeros((*streams.shape[:-1], self.hidden_size))
         post = torch.zeros((*streams.shape[:-1], self.num_streams), dtype=torch.float32, device=streams.device)

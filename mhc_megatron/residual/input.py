@@ -10,7 +10,7 @@ from torch import Tensor
 from mhc_kernels import RecomputePlace, RMSNorm, recompute
 from mhc_kernels.norm import FUSED_NORM_STREAMS
 from mhc_megatron.config import MHCConfig
-from mhc_megatron.pipeline.split import arrive, depart
+from mhc_megatron.pipeline.split import arrive, depart, departs
 from mhc_megatron.pipeline.state import share_pipeline
 from mhc_megatron.residual.backend import check_backend
 from mhc_megatron.residual.chain import ChainLength, take
@@ -61,7 +61,7 @@ class HyperConnectionInput(NormWrapper):
         if not normed:
             u = self.norm(u)
         departure = None
-        if self._departs:
+        if self._departs and departs(self._pipeline):
             backend = self.hyper_connection.mhc_config.backend
             post, departure = depart(self._pipeline, hidden, res, post, u, place, backend)
         successor = self._successor[0] if self._successor else None

@@ -14,6 +14,7 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import p2p_communication, schedules
 
+from mhc_megatron.pipeline import passes
 from mhc_megatron.plan.order import Compute, Order, Post
 from mhc_megatron.plan.schedule import Schedule, exchange, simulate, step_times
 from tests import models
@@ -82,16 +83,22 @@ def test_split_interleaved_by_hand() -> None:
     assert [span.end for span in first[:4]] == [4.0, 8.0, 18.0, 27.0]
 
 
-def test_last_stage_holds_streams_after_the_warm_up() -> None:
-    """The ring of an interleaved schedule: once there are backward passes, they leave the last rank when their pass is over."""
+def test_where_interleaved_transfers_are_split() -> None:
+    """The first group of microbatches, whose streams leave early, and the last one, whose streams leave the last rank (the ring)
+    when their pass is over. The others cross as one tensor."""
     shares = {"forward_share": 0.5, "backward_share": 0.5}
     sizes = {"transfer": 0.1, "side": 0.4, "bandwidth": 1.0, "send_waits": False}
     result = simulate(Schedule(2, 8, 4.0, 8.0, chunks=2, **sizes, **shares))
-    forward = [span for span in result.rank(1) if span.compute.forward and span.compute.chunk == 0]
-    left = [t.start for t in result.transfers if t.side and t.forward and t.source == 1]
-    assert len(left) == len(forward) == 8
-    # Two passes are the warm-up; the second one's are not received any earlier.
-    assert [start < span.end for start, span in zip(left, forward, strict=True)] == [True, *[False] * 7]
+    passes = [span for span in result.rank(1) if span.compute.forward and span.compute.chunk == 0]
+    forward = [t for t in result.transfers if t.forward and t.source == 1]
+    apart = [t.start for t in forward if t.side]
+    assert len(forward) == 8 + len(apart)
+    # Of the two in the warm-up, the second one's are not received any earlier.
+    split = [span.end for span in passes if span.compute.microbatch in (0, 1, 6, 7)]
+    assert [start < end for start, end in zip(apart, split, strict=True)] == [True, False, False, False]
+    assert {round(t.end - t.start, 6) for t in forward if not t.side} == {0.1, 0.4}
+    back = [t for t in result.transfers if not t.forward and t.target == 0]
+    assert [t.side for t in back] == [False, True] * 4 + [False] * 8 + [False, True] * 4
 
 
 def _random_shape(choose: random.Random) -> dict[str, Any]:
@@ -148,6 +155,26 @@ def test_split_is_not_slower_than_wide() -> None:
             exposed[kind] = simulate(schedule).exposed
         assert exposed["split"] <= exposed["wide"] + 1e-9 <= exposed["wide-stock"] + 2e-9
         assert exposed["wide-stock"] == pytest.approx(n * exposed["residual"], rel=0.5)
+
+
+def test_two_groups_are_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With overlapped transfers, to split the first and the last group hides as much as to split all microbatches, as long as n*C
+    cross in less than a pass."""
+    choose = random.Random(3)
+    differences = []
+    for _ in range(30):
+        stages, chunks = choose.choice([2, 3, 4]), choose.choice([2, 3])
+        shape = {"stages": stages, "microbatches": stages * choose.randint(2, 6), "chunks": chunks, "bandwidth": 1.0}
+        shape |= {"forward": choose.uniform(0.5, 2), "backward": choose.uniform(1, 4)}
+        share, n = choose.uniform(0.1, 0.8), 4
+        hidden = min(shape["forward"], shape["backward"]) * choose.uniform(0.05, 0.7) / n
+        crossing: Any = exchange("split", hidden, n, 0)
+        schedule = Schedule(**shape, **crossing, forward_share=share, backward_share=share)
+        some = simulate(schedule).exposed
+        with monkeypatch.context() as patch:
+            patch.setattr(passes, "_splits", lambda *_: True)
+            differences.append((some - simulate(schedule).exposed) / simulate(schedule).step)
+    assert max(differences) < 1e-9, differences
 
 
 @pytest.mark.parametrize(("chunks", "group"), [(1, None), (2, None), (2, 5)])

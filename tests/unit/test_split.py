@@ -19,6 +19,7 @@ from mhc_megatron import MHCConfig
 from mhc_megatron.pipeline import split
 from mhc_megatron.pipeline.communicator import StreamsCommunicator
 from mhc_megatron.pipeline.links import Arrival, _settings
+from mhc_megatron.pipeline.passes import Plan
 from mhc_megatron.pipeline.sends import Sends
 from mhc_megatron.pipeline.side_channel import SideChannel
 from mhc_megatron.pipeline.state import PipelineState, _report, share_pipeline, splits
@@ -174,6 +175,11 @@ def test_links_have_the_settings_of_the_pipeline_group() -> None:
     )  # unset
 
 
+def test_streams_without_a_schedule_are_an_error() -> None:
+    with pytest.raises(RuntimeError, match=r"needs mhc_megatron.enable\(\) before training starts"):
+        split.departs(PipelineState(N, split=True))
+
+
 def test_a_gradient_without_a_send_is_an_error() -> None:
     loop = Loop()
     with pytest.raises(RuntimeError, match=r"0 gradients of streams .* --mhc-pipeline-comm wide"):
@@ -197,8 +203,9 @@ def test_what_is_sent_is_kept_until_it_has_gone() -> None:
 
 def test_passes_without_a_send_are_an_error() -> None:
     links: Any = None
-    channel = SideChannel(links, 0, 0)
+    channel = SideChannel(links, Plan(early=0))
     for _ in range(2):
+        assert channel.departs()
         channel.send_streams(torch.zeros(1))
     with pytest.raises(RuntimeError, match=r"2 streams where .* sends one; use --mhc-pipeline-comm wide"):
         channel.send_held()

@@ -22,9 +22,13 @@ from mhc_megatron.megatron_hooks.pipeline import REBINDINGS
 from mhc_megatron.pipeline import split
 from mhc_megatron.pipeline.communicator import StreamsCommunicator
 from mhc_megatron.pipeline.links import BACKWARD, FORWARD, Arrival, Links, group_of
+from mhc_megatron.pipeline.passes import Plan
 from mhc_megatron.pipeline.side_channel import SideChannel
 from mhc_megatron.pipeline.state import pipeline_state, share_pipeline
 from mhc_megatron.plan.order import Order, Place
+
+HIDDEN, STREAMS = 8, 4
+WIDE, NARROW = HIDDEN * STREAMS, HIDDEN + split.columns(STREAMS, torch.float32)
 
 
 class Link(NamedTuple):
@@ -39,7 +43,7 @@ class Event(NamedTuple):
 
     kind: str
     link: Link | None = None
-    what: str = ""  # is sent or received: "own" or "streams"
+    width: int = 0  # of what is sent or received
     number: int = -1
     at: tuple[int, int] | None = (
         None  # chunk of the whole model and microbatch of the pass that a send or wait is part of
@@ -49,21 +53,18 @@ class Event(NamedTuple):
 class Recorder:
     """Stands in for Links. Tells which pass it is called from: `at`."""
 
-    def __init__(self, events: list[Event], rank: int, stages: int, widest: int):
-        self.events, self.rank, self.stages, self.widest = events, rank, stages, widest
+    def __init__(self, events: list[Event], rank: int, stages: int):
+        self.events, self.rank, self.stages = events, rank, stages
         self.at: tuple[int, int] | None = None
 
     def send(self, direction: int, tensor: Tensor) -> None:
         to = (self.rank + (1 if direction == FORWARD else -1)) % self.stages
-        at = getattr(tensor, "at", None)  # streams may leave later than their pass
-        link = Link(direction, self.rank, to)
-        self.events.append(Event("send", link, "own" if at is None else "streams", at=at or self.at))
+        at = getattr(tensor, "at", self.at)  # streams may leave later than their pass
+        self.events.append(Event("send", Link(direction, self.rank, to), tensor.shape[-1], at=at))
 
     def buffer(self, shape: Any, dtype: torch.dtype, requires_grad: bool = False) -> Tensor:
         self.events.append(Event("compute"))
-        tensor: Any = torch.zeros(1, dtype=dtype, requires_grad=requires_grad)
-        tensor.what = "own" if shape[-1] < self.widest else "streams"
-        return tensor
+        return torch.zeros(shape, dtype=dtype, requires_grad=requires_grad)
 
     def release(self) -> None:
         self.events.append(Event("compute"))
@@ -71,8 +72,8 @@ class Recorder:
     def receive(self, direction: int, tensor: Any) -> Arrival:
         number = len(self.events)
         sender = (self.rank + (1 if direction == BACKWARD else -1)) % self.stages
-        self.events.append(Event("receive", Link(direction, sender, self.rank), tensor.what, number))
-        work = SimpleNamespace(wait=lambda: self.events.append(Event("wait", None, "", number, self.at)))
+        self.events.append(Event("receive", Link(direction, sender, self.rank), tensor.shape[-1], number))
+        work = SimpleNamespace(wait=lambda: self.events.append(Event("wait", None, 0, number, self.at)))
         return Arrival(tensor, work)
 
 
@@ -98,36 +99,38 @@ class Chunk(torch.nn.Module):
         self.recorder.at = (self.stage, next(self.forwards))
         x = torch.zeros(1, requires_grad=True) if self.first else self.input
         channel = pipeline_state(self.config).channel
-        if channel is not None and not self.first:
+        if hasattr(x, split._ARRIVAL):
             getattr(x, split._ARRIVAL).wait()
         self.events.append(Event("compute"))
-        if channel is not None and not self.last:
-            streams: Any = torch.zeros(1)
+        width = WIDE
+        if channel is not None and not self.last and channel.departs():
+            streams: Any = torch.zeros(1, 1, WIDE)
             streams.at = self.recorder.at
             channel.send_streams(streams)
+            width = NARROW
         self.events.append(Event("compute"))  # the last sublayer
-        return _Pass.apply(x, self)
+        return _Pass.apply(x, self, width)
 
 
 class _Pass(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, chunk: Chunk) -> Tensor:
-        ctx.chunk = chunk
-        return x.clone()
+    def forward(ctx: Any, x: Tensor, chunk: Chunk, width: int) -> Tensor:
+        ctx.chunk, ctx.form = chunk, x.shape
+        return torch.zeros(1, 1, width)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
         chunk, channel = ctx.chunk, pipeline_state(ctx.chunk.config).channel
         chunk.recorder.at = (chunk.stage, next(chunk.backwards))
         chunk.events.append(Event("compute"))  # the last sublayer
-        if channel is not None and not chunk.last:
+        if hasattr(gradient, split._ARRIVAL):
             getattr(gradient, split._ARRIVAL).wait()
         chunk.events.append(Event("compute"))
-        if channel is not None and not chunk.first:
-            of_streams: Any = torch.zeros(1)
+        if channel is not None and not chunk.first and ctx.form[-1] == NARROW:
+            of_streams: Any = torch.zeros(1, 1, WIDE)
             of_streams.at = chunk.recorder.at
             channel.queue_gradient(of_streams)
-        return torch.zeros(1), None
+        return torch.zeros(ctx.form), None, None
 
 
 class Shape(NamedTuple):
@@ -162,7 +165,7 @@ def record(shape: Shape, rank: int, monkeypatch: pytest.MonkeyPatch) -> list[Eve
     interleaved = shape.chunks > 1
     config = TransformerConfig(
         num_layers=shape.stages * shape.chunks,
-        hidden_size=8,
+        hidden_size=HIDDEN,
         num_attention_heads=1,
         pipeline_model_parallel_size=shape.stages,
         virtual_pipeline_model_parallel_size=shape.chunks if interleaved else None,
@@ -173,9 +176,9 @@ def record(shape: Shape, rank: int, monkeypatch: pytest.MonkeyPatch) -> list[Eve
         overlap_p2p_comm_warmup_flush=shape.flush,
         deallocate_pipeline_outputs=True,
     )
-    state = share_pipeline(config, MHCConfig(pipeline_comm=shape.comm))
+    state = share_pipeline(config, MHCConfig(num_streams=STREAMS, pipeline_comm=shape.comm))
     events: list[Event] = []
-    recorder = Recorder(events, rank, shape.stages, 8 * state.num_streams if state.split else 10**9)
+    recorder = Recorder(events, rank, shape.stages)
     monkeypatch.setattr(Links, "of", lambda group, wraps: recorder)
     group = Place(shape.stages, shape.chunks, rank)
     alone = Place(1, 1, 0)
@@ -212,7 +215,7 @@ def record(shape: Shape, rank: int, monkeypatch: pytest.MonkeyPatch) -> list[Eve
                 shape.flush,
                 send_waits=False,
             )
-            assert (state.channel._early, state.channel._may_be_ahead) == order.limits(rank), (shape, rank)
+            assert state.channel._plan == order.split_plan(rank), (shape, rank)
         assert state.channel._ahead is None
         for queue in (state.channel._leaving, state.channel._gradients):
             assert not queue
@@ -220,22 +223,25 @@ def record(shape: Shape, rank: int, monkeypatch: pytest.MonkeyPatch) -> list[Eve
 
 
 def check_partners(ranks: list[list[Event]]) -> None:
-    """Every transfer has two ends, and streams end in the pass of the same microbatch, one chunk on."""
+    """Every transfer has two ends of one size, and streams end in the pass of the same microbatch, one chunk on."""
     sends: dict[Link, list[Any]] = defaultdict(list)
     receives: dict[Link, list[Any]] = defaultdict(list)
     for events in ranks:
         waits = {event.number: event.at for event in events if event.kind == "wait"}
         for event in events:
             if event.kind == "send":
-                sends[event.link].append((event.what, event.at))
+                sends[event.link].append((event.width, event.at))
             elif event.kind == "receive":
-                receives[event.link].append((event.what, waits[event.number]))
+                receives[event.link].append((event.width, waits[event.number]))
     assert sends.keys() == receives.keys()
     for link, sent in sends.items():
         step = 1 if link.direction == FORWARD else -1
-        assert [what for what, _ in sent] == [what for what, _ in receives[link]], link
-        for (what, (chunk, microbatch)), (_, at) in zip(sent, receives[link], strict=True):
-            assert what == "own" or (chunk + step, microbatch) == at, link
+        assert [width for width, _ in sent] == [width for width, _ in receives[link]], link
+        apart = {number + (1 if step < 0 else -1) for number, (width, _) in enumerate(sent) if width == NARROW}
+        for number in apart:  # beside what is narrow
+            (width, (chunk, microbatch)), (_, at) = sent[number], receives[link][number]
+            assert width == WIDE
+            assert (chunk + step, microbatch) == at, link
 
 
 def unfinished(
@@ -304,22 +310,35 @@ def test_transfers_meet(recorded: Callable) -> None:
 
 
 def test_when_streams_leave(recorded: Callable) -> None:
-    """Before a pass's last sublayer runs; from the last stage of a ring, once its warm-up is over, just before the schedule's own
-    tensor."""
+    """Apart from the output: of all microbatches, or where transfers overlap of the first and the last group. Then before a
+    pass's last sublayer runs; from the last stage of a ring, once its warm-up is over, just before the schedule's own tensor."""
     for shape in shapes():
         if shape.comm != "split":
             continue
-        warm_up = 0 if shape.flush else (shape.chunks - 1) * (shape.group or shape.stages)
+        group = shape.group or shape.stages
+        warm_up = 0 if shape.flush else (shape.chunks - 1) * group
+        some = shape.overlap and not shape.forward_only
+        split_ones = {m for m in range(shape.microbatches) if not some or m < group or m >= shape.microbatches - group}
         for rank, events in enumerate(recorded(shape)):
-            transfers = [(event.kind, event.what, event.link and event.link.direction) for event in events]
-            streams = [place for place, what in enumerate(transfers) if what == ("send", "streams", FORWARD)]
+            sends = [
+                (place, event)
+                for place, event in enumerate(events)
+                if event.kind == "send" and event.link[0] == FORWARD
+            ]
             closes = shape.chunks > 1 and rank == shape.stages - 1
-            assert streams or (rank == shape.stages - 1 and not closes), shape
-            for number, place in enumerate(streams):
-                between = transfers[place + 1 : transfers.index(("send", "own", FORWARD), place)]
-                held = ("compute", "", None) not in between
-                may_be_early = not closes or number < warm_up or (shape.forward_only and not shape.flush)
-                assert held is not may_be_early, (shape, rank, number)
+            found: Counter = Counter()
+            for number, (place, event) in enumerate(sends):
+                if event.width != NARROW:
+                    continue
+                before, streams = sends[number - 1]
+                passes = number - 1 - found.total()
+                found[streams.at[1]] += 1
+                held = all(between.kind != "compute" for between in events[before:place])
+                may_be_early = not closes or passes < warm_up or (shape.forward_only and not shape.flush)
+                assert held is not may_be_early, (shape, rank, passes)
+            sending = shape.chunks - (rank == shape.stages - 1)
+            assert found == dict.fromkeys(split_ones, sending) if sending else not found, (shape, rank)
+            assert len(sends) == sending * (shape.microbatches + len(split_ones))
 
 
 @pytest.mark.parametrize("waits", [False, True])
@@ -363,8 +382,8 @@ def test_two_stages_in_a_ring_have_four_groups() -> None:
 def test_one_receive_is_posted_ahead(ahead: int, expected: list[int]) -> None:
     """Each one ahead holds a tensor of n*C values a token."""
     events: list[Event] = []
-    links: Any = Recorder(events, 1, 2, 1)
-    channel = SideChannel(links, None, ahead)
+    links: Any = Recorder(events, 1, 2)
+    channel = SideChannel(links, Plan(ahead=ahead))
     posted = []
     for _ in range(4):
         buffers = channel.buffers((1,), torch.float32)
@@ -373,3 +392,18 @@ def test_one_receive_is_posted_ahead(ahead: int, expected: list[int]) -> None:
         assert not buffers
         posted.append(sum(event.kind == "receive" for event in events))
     assert posted == expected
+
+
+def test_nothing_is_posted_ahead_of_what_is_not_split() -> None:
+    events: list[Event] = []
+    links: Any = Recorder(events, 1, 2)
+    channel = SideChannel(links, Plan(ahead=4, receives=(True, False, True, True)))
+    posted = []
+    for split_one in (True, False, True, True):
+        assert channel.splits_receive() is split_one
+        buffers = channel.buffers((1,), torch.float32)
+        if split_one:
+            channel.receive_streams(buffers)
+        channel.receive_ahead(buffers)
+        posted.append(sum(event.kind == "receive" for event in events))
+    assert posted == [1, 2, 3, 3]

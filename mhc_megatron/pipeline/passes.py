@@ -1,0 +1,74 @@
+"""Which of a rank's pipeline transfers are split, and which of those may start before the schedule's own.
+
+In an interleaved schedule with ``overlap_p2p_comm`` a transfer of the steady state has a whole pass of time. What is exposed are
+the first group of microbatches on its way forward and the last one on its way back: these are split, the others go as one tensor,
+which has fewer bytes and keeps nothing beside. All transfers are split where a schedule waits for every one: 1F1B, interleaved
+without overlap, evaluation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+
+class Rank(NamedTuple):
+    """A rank's part in an interleaved or plain schedule.
+
+    table: microbatch and chunk of each of its forward passes, in order (Megatron's `get_schedule_table`); of its backward
+    passes chunks count from the other end. warm_up: forward passes before the first backward one. group: microbatches that
+    pass a chunk in a row. overlap, flush: ``overlap_p2p_comm`` and ``overlap_p2p_comm_warmup_flush``.
+    """
+
+    stage: int
+    stages: int
+    chunks: int
+    table: Sequence[tuple[int, int]]
+    warm_up: int
+    group: int
+    overlap: bool
+    flush: bool
+    forward_only: bool
+
+
+class Plan(NamedTuple):
+    """Of one rank and schedule.
+
+    early: how many passes' streams leave before the schedule's own tensor, the first ones; None: all of them. ahead: how many
+    receives, the first ones, may be posted before the schedule's own. Whether it is split, in order (None: all of them): sends,
+    receives: of activations; gradients: that are received; returns: that are sent.
+    """
+
+    early: int | None = None
+    ahead: int = 0
+    sends: tuple[bool, ...] | None = None
+    receives: tuple[bool, ...] | None = None
+    gradients: tuple[bool, ...] | None = None
+    returns: tuple[bool, ...] | None = None
+
+
+def unknown(ring: bool, last: bool) -> Plan:
+    """For a schedule of which nothing is known. ring: whether it is interleaved; last: whether this is the last stage."""
+    return Plan(early=0 if ring and last else None)
+
+
+def plan(rank: Rank) -> Plan:
+    """The plan of a rank: `mhc_megatron.pipeline.side_channel` says why streams may leave early, and receives be posted ahead."""
+    first, last, ring = rank.stage == 0, rank.stage == rank.stages - 1, rank.chunks > 1
+    final = rank.chunks - 1
+    sends = tuple(_splits(rank, m) for m, chunk in rank.table if not (last and chunk == final))
+    receives = tuple(_splits(rank, m) for m, chunk in rank.table if not (first and chunk == 0))
+    gradients = tuple(_splits(rank, m) for m, chunk in rank.table if not (last and chunk == 0))
+    returns = tuple(_splits(rank, m) for m, chunk in rank.table if not (first and chunk == final))
+    if not ring:
+        return Plan(None, len(receives), sends, receives, gradients, returns)
+    warm_up = 0 if rank.flush else rank.warm_up
+    ahead = 0 if first or rank.flush else min(len(receives), warm_up + 1)
+    return Plan(warm_up if last else None, ahead, sends, receives, gradients, returns)
+
+
+def _splits(rank: Rank, microbatch: int) -> bool:
+    if rank.chunks == 1 or not rank.overlap or rank.forward_only:
+        return True
+    count = 1 + max(m for m, _ in rank.table)
+    return microbatch < rank.group or microbatch >= count - rank.group
