@@ -69,8 +69,8 @@ class MHCConfig:
     pipeline_comm: str = _option(
         "auto",
         "pipeline transfers: wide: all streams in the schedule's, over links of their own, no send stops the compute stream; "
-        "split: H_res x while a chunk's last sublayer runs, its output after it (interleaved with overlapped transfers: the "
-        "first and the last group of microbatches, the others wide); wide-stock: all streams in Megatron's own transfers; "
+        "split: H_res x while a chunk's last sublayer runs, its output after it (interleaved with overlapped transfers: a group "
+        "of microbatches at a step's beginning and end, the others wide); wide-stock: all streams in Megatron's own transfers; "
         "auto: wide",
         PIPELINE_COMMS,
     )

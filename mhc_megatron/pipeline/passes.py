@@ -1,9 +1,9 @@
 """Which of a rank's pipeline transfers are split, and which of those may start before the schedule's own.
 
 In an interleaved schedule with ``overlap_p2p_comm`` a transfer of the steady state has a whole pass of time. What is exposed are
-the first group of microbatches on its way forward and the last one on its way back: these are split, the others go as one tensor,
-which has fewer bytes and keeps nothing beside. All transfers are split where a schedule waits for every one: 1F1B, interleaved
-without overlap, evaluation.
+the first microbatches on their way forward and the last ones on their way back: a group of each (as many microbatches as pass a
+chunk in a row; Megatron's own last group may be smaller) is split. The others go as one tensor, which has fewer bytes and keeps
+nothing beside. All transfers are split where a schedule waits for every one: 1F1B, interleaved without overlap, evaluation.
 """
 
 from __future__ import annotations
@@ -55,11 +55,11 @@ def unknown(ring: bool, last: bool) -> Plan:
 def plan(rank: Rank) -> Plan:
     """The plan of a rank: `mhc_megatron.pipeline.side_channel` says why streams may leave early, and receives be posted ahead."""
     first, last, ring = rank.stage == 0, rank.stage == rank.stages - 1, rank.chunks > 1
-    final = rank.chunks - 1
-    sends = tuple(_splits(rank, m) for m, chunk in rank.table if not (last and chunk == final))
-    receives = tuple(_splits(rank, m) for m, chunk in rank.table if not (first and chunk == 0))
-    gradients = tuple(_splits(rank, m) for m, chunk in rank.table if not (last and chunk == 0))
-    returns = tuple(_splits(rank, m) for m, chunk in rank.table if not (first and chunk == final))
+    final, split = rank.chunks - 1, _split(rank)
+    sends = tuple(m in split for m, chunk in rank.table if not (last and chunk == final))
+    receives = tuple(m in split for m, chunk in rank.table if not (first and chunk == 0))
+    gradients = tuple(m in split for m, chunk in rank.table if not (last and chunk == 0))
+    returns = tuple(m in split for m, chunk in rank.table if not (first and chunk == final))
     if not ring:
         return Plan(None, len(receives), sends, receives, gradients, returns)
     warm_up = 0 if rank.flush else rank.warm_up
@@ -67,8 +67,9 @@ def plan(rank: Rank) -> Plan:
     return Plan(warm_up if last else None, ahead, sends, receives, gradients, returns)
 
 
-def _splits(rank: Rank, microbatch: int) -> bool:
+def _split(rank: Rank) -> range | set[int]:
+    """The microbatches whose transfers are split."""
+    count = len(rank.table) // rank.chunks
     if rank.chunks == 1 or not rank.overlap or rank.forward_only:
-        return True
-    count = 1 + max(m for m, _ in rank.table)
-    return microbatch < rank.group or microbatch >= count - rank.group
+        return range(count)
+    return {*range(rank.group), *range(count - rank.group, count)}

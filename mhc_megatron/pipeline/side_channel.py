@@ -121,4 +121,11 @@ def _only(waiting: deque, what: str) -> Tensor | None:
 
 
 def _at(split: tuple[bool, ...] | None, number: int) -> bool:
-    return split is None or split[number]
+    if split is None:
+        return True
+    if number >= len(split):
+        raise RuntimeError(
+            f"mHC: a pipeline schedule of {len(split)} transfers of a kind, and one more; a model that runs outside a schedule "
+            "needs --mhc-pipeline-comm wide; else report it"
+        )
+    return split[number]

@@ -1,4 +1,4 @@
-"""A boundary between pipeline stages that costs C values a token and direction, not n*C.
+"""A boundary between pipeline stages at which a stage waits for C values a token, not n*C (for transfers that `passes` splits).
 
 A stage boundary carries ``x' = H_res @ x + outer(H_post, y)``. ``H_res @ x`` is known before the chunk's last sublayer F runs;
 y and H_post make the rest. So the sender sends ``H_res @ x`` [s, b, n*C] (`depart`), runs F, and

@@ -89,7 +89,7 @@ def splits(mhc_config: MHCConfig, config: Any) -> bool:
         return False
     which = "split"
     if config.virtual_pipeline_model_parallel_size is not None and config.overlap_p2p_comm:
-        which = "split for the first and the last group of microbatches of a step, the others wide"
+        which = "split for a step's first and last microbatches (a group of each) and in evaluation, else wide"
     _report(f"{which}: the streams while the last sublayer of a chunk runs, its output after it")
     return True
 

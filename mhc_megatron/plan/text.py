@@ -98,8 +98,8 @@ def _pipeline(plan: dict[str, Any]) -> list[str]:
     boundary = plan["boundary"]
     mib = {name: value / 2**20 for name, value in boundary.items()}
     lines = [
-        f"A pipeline boundary, one microbatch and direction: residual {mib['residual']:.1f} MiB, wide {mib['wide']:.1f}, split "
-        f"{mib['split']:.1f} + {mib['split_side']:.1f} of streams apart.",
+        f"A pipeline boundary, one microbatch and direction: residual {mib['residual']:.1f} MiB, wide {mib['wide']:.1f}, where "
+        f"split {mib['split']:.1f} + {mib['split_side']:.1f} of streams apart.",
         "Simulated step, and how much of its communication is exposed (ms):",
         "link GB/s" + "".join(f"{kind:>22}" for kind in _kinds(plan)),
     ]

@@ -21,7 +21,7 @@ class StreamEntry(nn.Module):
 
     An embedding-only first chunk (``account_for_embedding_in_pipeline_split``, custom layouts) must send streams:
     ``[s, b, C] -> [s, b, n*C]``. A later chunk without layers passes its streams on. departs: to another pipeline stage, by
-    split transfers; all of them on the side, as there is no sublayer whose output would follow.
+    split transfers, which carry all of them apart, as there is no sublayer whose output would follow.
     """
 
     def __init__(self, mhc_config: MHCConfig, *, config: Any, hidden_size: int, eps: float):

@@ -97,7 +97,7 @@ class HyperConnectionInput(NormWrapper):
         self._successor = (reader,)
 
     def set_departure(self) -> None:
-        """Tell it that the streams after this sublayer go to another pipeline stage, by split transfers."""
+        """Tell it that the streams after this sublayer go to another pipeline stage, by transfers that may be split."""
         self._departs = True
 
     def set_chain(self, length: ChainLength) -> None:

@@ -155,6 +155,8 @@ def shapes() -> list[Shape]:
             (2 * stages, stages),
             (2 * stages + 1, stages + 1),
             (2 * stages, 2 * stages),
+            (4 * stages, stages),
+            (4 * stages + 3, stages + 1),  # a smaller last group
         ):
             for overlap, flush in (False, False), (True, False), (True, True):
                 found.append(Shape(stages, chunks, m, group, overlap, flush, only, comm))
@@ -216,6 +218,12 @@ def record(shape: Shape, rank: int, monkeypatch: pytest.MonkeyPatch) -> list[Eve
                 send_waits=False,
             )
             assert state.channel._plan == order.split_plan(rank), (shape, rank)
+        counts = {"_passes": "sends", "_receives": "receives", "_gradient_receives": "gradients"}
+        for done, planned in counts.items():
+            expected = (
+                0 if planned == "gradients" and shape.forward_only else len(getattr(state.channel._plan, planned))
+            )
+            assert getattr(state.channel, done) == expected, (shape, rank, planned)
         assert state.channel._ahead is None
         for queue in (state.channel._leaving, state.channel._gradients):
             assert not queue
@@ -302,11 +310,26 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> Callable[[Shape], list[list[Eve
 
 
 def test_transfers_meet(recorded: Callable) -> None:
+    mixed = 0
     for shape in shapes():
+        ranks = recorded(shape)
         try:
-            check_partners(recorded(shape))
+            check_partners(ranks)
         except AssertionError as error:
             raise AssertionError(shape) from error
+        widths = [event.width for events in ranks for event in events if event.kind == "send"]
+        mixed += 0 < 2 * widths.count(NARROW) < len(widths)
+    assert mixed > 20, "of some transfers split and others not"
+
+
+def test_more_passes_than_the_schedule_has_are_an_error() -> None:
+    links: Any = None
+    channel = SideChannel(links, Plan(sends=(True,), receives=()))
+    assert channel.departs()
+    with pytest.raises(RuntimeError, match="of 1 transfers of a kind, and one more"):
+        channel.departs()
+    with pytest.raises(RuntimeError, match="of 0 transfers of a kind, and one more"):
+        channel.splits_receive()
 
 
 def test_when_streams_leave(recorded: Callable) -> None:
@@ -318,7 +341,9 @@ def test_when_streams_leave(recorded: Callable) -> None:
         group = shape.group or shape.stages
         warm_up = 0 if shape.flush else (shape.chunks - 1) * group
         some = shape.overlap and not shape.forward_only
-        split_ones = {m for m in range(shape.microbatches) if not some or m < group or m >= shape.microbatches - group}
+        split_ones = set(range(shape.microbatches))
+        if some:
+            split_ones = {*list(range(shape.microbatches))[:group], *list(range(shape.microbatches))[-group:]}
         for rank, events in enumerate(recorded(shape)):
             sends = [
                 (place, event)
