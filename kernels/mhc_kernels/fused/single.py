@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -127,13 +128,16 @@ def _u_shape(x: Tensor, n: int) -> tuple[int, ...]:
     return (*x.shape[:-1], x.shape[-1] // n)
 
 
-@plans
-def _aggregate_plan(s: Sizes) -> Plan:
+def _by_rows(s: Sizes, kernel: Any, arrays: tuple[str, ...]) -> Plan:
+    """One launch, with the aggregation's blocks."""
     config = configs.aggregate(s)
     meta = (s.n, s.c, config.BM, config.BC, config.STAGES)
-    arrays = ("x", "pre", "u")
-    grid = (cdiv(s.t, config.BM), 1, 1)
-    return Plan(arrays, [Step(forward.aggregate_kernel, grid, arrays, (s.t,), meta, config.warps)])
+    return Plan(arrays, [Step(kernel, (cdiv(s.t, config.BM), 1, 1), arrays, (s.t,), meta, config.warps)])
+
+
+@plans
+def _aggregate_plan(s: Sizes) -> Plan:
+    return _by_rows(s, forward.aggregate_kernel, ("x", "pre", "u"))
 
 
 @operator("aggregate(Tensor x, Tensor pre) -> Tensor", lambda x, pre: x.new_empty(_u_shape(x, pre.shape[-1])))
@@ -147,12 +151,13 @@ def aggregate(x: Tensor, pre: Tensor) -> Tensor:
 
 
 @plans
-def _aggregate_backward_plan(s: Sizes) -> Plan:
-    config = configs.aggregate(s)
-    meta = (s.n, s.c, config.BM, config.BC, config.V, config.STAGES)
+def _aggregate_backward_plan(s: Sizes, into_sum: bool) -> Plan:
+    """into_sum: the gradients of `add_output_`."""
     arrays = ("du", "x", "pre", "dx", "dpre")
-    grid = (cdiv(s.t, config.BM), 1, 1)
-    return Plan(arrays, [Step(single_backward.aggregate_backward_kernel, grid, arrays, (s.t,), meta, config.warps)])
+    config = configs.aggregate(s)
+    meta = (s.n, s.c, config.BM, config.BC, config.V, config.STAGES, into_sum)
+    kernel = single_backward.aggregate_backward_kernel
+    return Plan(arrays, [Step(kernel, (cdiv(s.t, config.BM), 1, 1), arrays, (s.t,), meta, config.warps)])
 
 
 @operator(
@@ -164,18 +169,13 @@ def aggregate_backward(du: Tensor, x: Tensor, pre: Tensor) -> tuple[Tensor, Tens
     s = sizes(x, pre.shape[-1])
     dx, dpre = torch.empty_like(x), torch.empty_like(pre)
     if s.t:
-        _aggregate_backward_plan(s).run(s.device, du, x, pre, dx, dpre)
+        _aggregate_backward_plan(s, False).run(s.device, du, x, pre, dx, dpre)
     return dx, dpre
 
 
 @plans
 def _add_output_plan(s: Sizes) -> Plan:
-    config = configs.aggregate(s)
-    meta = (s.n, s.c, config.BM, config.BC, config.STAGES)
-    arrays = ("x", "post", "y")
-    return Plan(
-        arrays, [Step(add_output.add_output_kernel, (cdiv(s.t, config.BM), 1, 1), arrays, (s.t,), meta, config.warps)]
-    )
+    return _by_rows(s, add_output.add_output_kernel, ("x", "post", "y"))
 
 
 @operator("add_output_(Tensor(a!) x, Tensor post, Tensor y) -> ()", lambda x, post, y: None)
@@ -186,15 +186,6 @@ def add_output_(x: Tensor, post: Tensor, y: Tensor) -> None:
         _add_output_plan(s).run(s.device, x, post, y)
 
 
-@plans
-def _add_output_backward_plan(s: Sizes) -> Plan:
-    config = configs.aggregate(s)
-    meta = (s.n, s.c, config.BM, config.BC, config.V, config.STAGES)
-    arrays = ("g", "post", "y", "dy", "dpost")
-    grid = (cdiv(s.t, config.BM), 1, 1)
-    return Plan(arrays, [Step(add_output.add_output_backward_kernel, grid, arrays, (s.t,), meta, config.warps)])
-
-
 @operator(
     "add_output_backward(Tensor g, Tensor post, Tensor y, Tensor(a!) dy, Tensor(b!) dpost) -> ()",
     lambda g, post, y, dy, dpost: None,
@@ -203,7 +194,7 @@ def add_output_backward(g: Tensor, post: Tensor, y: Tensor, dy: Tensor, dpost: T
     """The gradients of y and post into dy and dpost; that of x is g, ``[..., n*C]``."""
     s = sizes(g, post.shape[-1])
     if s.t:
-        _add_output_backward_plan(s).run(s.device, g, post, y, dy, dpost)
+        _aggregate_backward_plan(s, True).run(s.device, y, g, post, dy, dpost)
 
 
 @plans

@@ -23,8 +23,12 @@ def sinkhorn_backward_kernel(
 def aggregate_backward_kernel(
     du_ptr, x_ptr, pre_ptr, dx_ptr, dpre_ptr, T,
     N: tl.constexpr, C: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr, V: tl.constexpr, STAGES: tl.constexpr,
+    SUM: tl.constexpr,
 ):  # fmt: skip
-    """du [T, C], x [T, N, C], pre [T, N] -> dx [T, N, C], dpre [T, N] (`mhc_kernels.aggregate`)."""
+    """du [T, C], x [T, N, C], pre [T, N] -> dx [T, N, C], dpre [T, N] (`mhc_kernels.aggregate`).
+
+    SUM: into dx [T, C] the sum of pre_i x_i: with y, the streams' gradient and H_post, the gradients of `add_output_kernel`.
+    """
     rows = tl.program_id(0) * BM + tl.arange(0, BM)
     exists = rows < T
     at = tl.minimum(rows, T - 1).to(tl.int64)
@@ -34,12 +38,16 @@ def aggregate_backward_kernel(
     for c in tl.range(0, C, BC, num_stages=STAGES):
         columns = c + tl.arange(0, BC)
         mask = (columns < C)[None, :]
+        at_u = at[:, None] * C + columns[None, :]
         at_x = at[:, None] * (N * C) + columns[None, :]
-        du = tiles.load(du_ptr + at[:, None] * C + columns[None, :], mask, EVEN)
+        du = tiles.load(du_ptr + at_u, mask, EVEN)
         x = tiles.load_streams(x_ptr + at_x, mask, N, C, EVEN)
+        if SUM:
+            tiles.store(dx_ptr + at_u, tiles.weighted_sum(pre, x, N), exists, mask, EVEN)
         new = ()
         for i in tl.static_range(N):
-            tiles.store(dx_ptr + at_x + i * C, pre[i] * du, exists, mask, EVEN)
+            if not SUM:
+                tiles.store(dx_ptr + at_x + i * C, pre[i] * du, exists, mask, EVEN)
             new = new + (dots[i] + tiles.partial(du * x[i], BM, BC, V),)
         dots = new
     for i in tl.static_range(N):

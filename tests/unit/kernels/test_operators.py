@@ -6,7 +6,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from mhc_kernels import RMSNorm, aggregate, boundary, connect, free_until_backward, mix
+from mhc_kernels import (
+    RMSNorm,
+    add_output_,
+    aggregate,
+    boundary,
+    connect,
+    free_until_backward,
+    mix,
+    output_gradients,
+)
 from tests.unit.kernels.cases import DEVICE, ON_GPU, PARAMETERS, Case, error
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
@@ -182,7 +191,7 @@ def test_warm_up_builds_all_that_a_chain_needs() -> None:
     from mhc_kernels.fused.launch import CompileTimes
     from mhc_kernels.fused.warm_up import warm_up
 
-    settings = {"output_bias": True, "dropout_p": 0.1, "recompute": True, "device": DEVICE}
+    settings = {"output_bias": True, "dropout_p": 0.1, "recompute": True, "split": True, "device": DEVICE}
     state = torch.get_rng_state(), torch.cuda.get_rng_state() if ON_GPU else torch.get_rng_state()
     kernels, _ = warm_up(4, 32, torch.float32, **settings)
     assert torch.equal(torch.get_rng_state(), state[0])
@@ -197,6 +206,9 @@ def test_warm_up_builds_all_that_a_chain_needs() -> None:
         results = boundary(**{**leaves, "x": x, "post": post, "res": res}, dropout_p=0.1)
         out = mix(results[0], results[3], results[2], leaves["y"], leaves["bias"], dropout_p=0.1)
         torch.autograd.backward((aggregate(out, results[2]), results[1], y), (case.gradients[1],) * 3)
+        x, post, y = case.arguments["x"].flatten(-2), case.arguments["post"], case.arguments["y"]
+        add_output_(x, post, y)
+        output_gradients(x, post, y, torch.empty_like(y), torch.empty_like(post))
         assert CompileTimes.kernels == built
         assert warm_up(4, 32, torch.float32, **settings) == (0, 0.0)
     else:
