@@ -6,6 +6,9 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
+import time
+import uuid
 from pathlib import Path
 
 import psutil
@@ -48,24 +51,37 @@ class Run:
 
     def __init__(self, size: str, before: str = "", **settings: object):
         command = ["bash", "-c", f'{before} exec bash "$0" "$1"', str(EXAMPLES / "torchrun.sh"), size]
-        self.process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment(**settings)
-        )
         self.output = ""
         self.losses: list[tuple[int, float]] = []
+        self._mark = uuid.uuid4().hex
+        # A file, not a pipe: a process that outlives the job would keep a pipe open, and the reader waiting.
+        self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115
+        self.process = subprocess.Popen(
+            command,
+            stdout=os.dup(self._log.fileno()),
+            stderr=subprocess.STDOUT,
+            env=environment(**settings) | {"MHC_TEST_RUN": self._mark},
+        )
+        self._read = open(f"/proc/self/fd/{self._log.fileno()}", errors="replace")  # noqa: SIM115
 
     def until(self, iteration: int | None = None) -> Run:
         """Read on until this iteration is logged, or to the end."""
-        assert self.process.stdout is not None
-        for line in self.process.stdout:
+        line = ""
+        while True:
+            ended = self.process.poll() is not None
+            line += self._read.readline()
+            if not line.endswith("\n") and not (ended and line):
+                if ended:
+                    return self
+                time.sleep(0.1)
+                continue
             self.output += line
-            print(line, end="")  # how far it has come, with pytest -s
-            if found := _ITERATION.search(line):
+            print(line, end="", flush=True)  # how far it has come, with pytest -s
+            found, line = _ITERATION.search(line), ""
+            if found:
                 self.losses.append((int(found[1]), float(found[2])))
                 if self.losses[-1][0] == iteration:
                     return self
-        self.process.wait(timeout=60)
-        return self
 
     def rank(self, number: int) -> psutil.Process:
         """The process of this rank (not one that writes a checkpoint for it)."""
@@ -74,9 +90,31 @@ class Run:
         (found,) = [p for p, rank in of.items() if rank == str(number) and p.ppid() not in ranks]
         return found
 
+    def left_behind(self, seconds: float = 15) -> list[str]:
+        """Command lines of processes that have outlived the job by so long; they are ended."""
+        until = time.monotonic() + seconds
+        while (left := [p for p in psutil.process_iter() if _environment(p).get("MHC_TEST_RUN") == self._mark]) and (
+            time.monotonic() < until
+        ):
+            time.sleep(0.5)
+        return [_end(process) for process in left]
+
+
+def _end(process: psutil.Process) -> str:
+    try:
+        described = f"{process.pid} (parent {process.ppid()}): {' '.join(process.cmdline())}"
+        process.kill()
+    except psutil.Error as error:
+        return str(error)
+    return described
+
 
 def _rank(process: psutil.Process) -> str | None:
+    return _environment(process).get("RANK")
+
+
+def _environment(process: psutil.Process) -> dict[str, str]:
     try:
-        return process.environ().get("RANK")
+        return process.environ()
     except psutil.Error:  # it has ended, or does not let itself be read
-        return None
+        return {}

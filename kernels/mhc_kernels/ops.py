@@ -17,6 +17,7 @@ from mhc_kernels import reference
 from mhc_kernels.backend import check_contiguous, check_same_device, resolve_backend
 from mhc_kernels.norm import FUSED_NORM_STREAMS, RMSNorm
 from mhc_kernels.recompute_block import RecomputePlace
+from mhc_kernels.recompute_input import refill_of
 
 
 def _use_triton(backend: str, x: Tensor) -> bool:
@@ -358,13 +359,14 @@ def boundary(
         )
     functions = _functions()
     seed = functions.new_seed(x.device) if dropout_p > 0 else None
+    refill = None if torch.compiler.is_compiling() else refill_of(y, x)
     if checked.casts:
         res, post, y, bias = res.float(), post.float(), y.to(x.dtype), _cast(bias, x)
         next_phi, next_alpha, next_bias = next_phi.float(), next_alpha.float(), next_bias.float()
     out, u, post, res = functions.apply_boundary(
         x if flat else x.flatten(-2), res, post, y, bias, seed, next_phi, next_alpha, next_bias,
         None if norm is None else _weight(norm, checked.later), checked.setup,
-        None if recompute is None else _check_recompute(recompute, "triton"),
+        None if recompute is None else _check_recompute(recompute, "triton"), refill,
     )  # fmt: skip
     return out if flat else _same_form(out, x), u if norm is None or not checked.later else norm(u), post, res
 

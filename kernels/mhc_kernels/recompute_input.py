@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import weakref
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -17,9 +18,12 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from mhc_kernels.recompute_block import saved_tensors_are_hooked
 
+_ATTRIBUTE = "_mhc_refill"  # on a sublayer's output
 
-class _Refill:
-    """A hook on the output of a sublayer: puts back what its backward, which comes next, will look for."""
+
+class Refill:
+    """Of one sublayer. As a hook on its output, it puts back what the sublayer's backward, which comes next, will look for.
+    The boundary after the sublayer, which reads the same streams a moment before, does it on the way: `beside`."""
 
     def __init__(self, source: Any, u: Tensor):
         storage = u.untyped_storage()
@@ -29,8 +33,8 @@ class _Refill:
         self.stream = torch.cuda.current_stream(u.device) if u.is_cuda else None
 
     def __call__(self, gradient: Tensor) -> None:
-        storage = torch.UntypedStorage._new_with_weak_ptr(self.storage.cdata)
-        if storage is None or storage.nbytes():  # nobody kept u, or a pass before this one has put it back
+        storage = self._missing()
+        if storage is None:
             return
         source = self.source()
         if source is None:
@@ -39,15 +43,41 @@ class _Refill:
                 "in the graph; don't call free_until_backward() around a detach()"
             )
         with self._on_forward_stream():
-            streams, kept, gamma = source.aggregated(source)
-            storage.resize_(self.bytes)
-            shape, strides, dtype = source.call.form_of_u
-            u = torch.empty(0, dtype=dtype, device=self.device).set_(storage, 0, shape, strides)
-            try:
+            streams, kept, gamma = source.aggregated(source, None)
+            with self._filled(storage, source) as u:
                 source.call.aggregate_again(streams, kept, gamma, u)
-            except BaseException:  # an interrupt as well: another pass must not take what is there for u
-                storage.resize_(0)
-                raise
+
+    @contextlib.contextmanager
+    def beside(self, x: Tensor) -> Iterator[tuple[Any, tuple[Tensor, Tensor | None, Tensor]] | None]:
+        """What `BackwardCall.run` takes to write u again, and how its source aggregated it; None if the hook is to do it.
+
+        Args:
+            x: the streams that u was aggregated from.
+        """
+        storage, source = self._missing(), self.source()
+        elsewhere = self.stream is not None and self.stream != torch.cuda.current_stream(self.device)
+        if storage is None or source is None or not self.bytes or elsewhere:
+            yield None
+            return
+        _, kept, gamma = source.aggregated(source, x)
+        with self._filled(storage, source) as u:
+            yield source.call.read, (kept, gamma, u)
+
+    def _missing(self) -> torch.UntypedStorage | None:
+        """u's storage, if it is wanted: nobody may have kept u, or a pass before this one has put it back."""
+        storage = torch.UntypedStorage._new_with_weak_ptr(self.storage.cdata)
+        return None if storage is None or storage.nbytes() else storage
+
+    @contextlib.contextmanager
+    def _filled(self, storage: torch.UntypedStorage, source: Any) -> Iterator[Tensor]:
+        """u with memory, to be filled."""
+        storage.resize_(self.bytes)
+        shape, strides, dtype = source.call.form_of_u
+        try:
+            yield torch.empty(0, dtype=dtype, device=self.device).set_(storage, 0, shape, strides)
+        except BaseException:  # an interrupt as well: another pass must not take what is there for u
+            storage.resize_(0)
+            raise
 
     @contextlib.contextmanager
     def _on_forward_stream(self) -> Any:
@@ -97,10 +127,22 @@ def free_until_backward(u: Tensor, y: Tensor) -> bool:
         return False
     hooks: Any = y._backward_hooks or {}
     others = list(hooks)
-    y.register_hook(_Refill(source, u))
+    refill = Refill(source, u)
+    y.register_hook(refill)
+    setattr(y, _ATTRIBUTE, refill)
     # It has to be the first of them: one of F's own may want u, to compute something of F again (Megatron's
     # CheckpointWithoutOutput). PyTorch calls them in the order in which a plain dict would have them.
     for other in others:
         hooks[other] = hooks.pop(other)
     storage.resize_(0)
     return True
+
+
+def refill_of(y: Tensor, x: Tensor) -> Refill | None:
+    """What puts back the input of the sublayer that returned y, if streams x are what it was aggregated from."""
+    refill: Refill | None = getattr(y, _ATTRIBUTE, None)
+    if refill is None:
+        return None
+    base = x if x._base is None or x._base.numel() != x.numel() else x._base  # x may be a view of them, [..., n, C]
+    source = refill.source()
+    return refill if source is not None and source in (x.grad_fn, base.grad_fn) else None

@@ -72,7 +72,9 @@ def test_killed_rank_is_restarted(folder: Path, whole: dict[int, float], full_di
     run = start(folder, 'NODE_RANK=1 bash "$0" "$1" &', **two_nodes).until(SAVED + 1)
     run.rank(1).send_signal(signal.SIGKILL)
     run.until()
+    left_behind = run.left_behind()
     assert run.process.returncode == 0, run.output[-4000:]
+    assert left_behind == []
     starts = [n for n, (iteration, _) in enumerate(run.losses) if iteration == SAVED + 1]
     assert len(starts) == 2, "not restarted from the checkpoint"
     for losses in (run.losses[: starts[1]], run.losses[starts[1] :], full_disk.losses):

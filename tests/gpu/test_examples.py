@@ -50,8 +50,10 @@ def test_27b(gpus: int, tmp_path: Path) -> None:
     run = Run("27b", other_node, **settings).until(SAVED + 4)
     run.rank(gpus - 1).send_signal(signal.SIGKILL)
     run.until()
+    left_behind = run.left_behind()
     print("\n".join(f"iteration {iteration:3}  loss {loss:.6f}" for iteration, loss in run.losses))
     assert run.process.returncode == 0, run.output[-4000:]
+    assert left_behind == []
     starts = [n for n, (iteration, _) in enumerate(run.losses) if iteration == SAVED + 1]
     assert len(starts) == 2, "not restarted from the checkpoint"
     before, after = dict(run.losses[: starts[1]]), dict(run.losses[starts[1] :])

@@ -27,12 +27,14 @@ from mhc_kernels.fused.phi_backward import factor_of, times_phi
 def stream_backward_kernel(
     g_ptr, du_ptr, x_ptr, y_ptr, y_bias_ptr, seed_ptr, res_ptr, post_ptr, pre_ptr, da_ptr, factor_ptr, w_ptr,
     gamma_ptr, rho_ptr, kappa_ptr, dx_ptr, dy_ptr, dres_ptr, dpost_ptr,
+    read_pre_ptr, read_rho_ptr, read_gamma_ptr, read_ptr,
     totals_ptr, pre_totals_ptr, partials_ptr, dgammas_ptr, dgamma_ptr, dalpha_ptr, dbias_ptr, dphi_ptr,
     T, TOTALS, PRE_TOTALS, PARTS, p_drop,
     N: tl.constexpr, P: tl.constexpr, C: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, RT: tl.constexpr, NT: tl.constexpr,
     PR: tl.constexpr, MIX: tl.constexpr, AGGREGATE: tl.constexpr, PROJECT: tl.constexpr, G: tl.constexpr,
     BIAS: tl.constexpr, DROPOUT: tl.constexpr, BF16: tl.constexpr, DOT32: tl.constexpr, ACCUMULATE: tl.constexpr,
     NORM: tl.constexpr, CENTERED: tl.constexpr,
+    READ: tl.constexpr, READ_NORM: tl.constexpr, READ_CENTERED: tl.constexpr,
     BM: tl.constexpr, BC: tl.constexpr, V: tl.constexpr, STAGES: tl.constexpr, BR: tl.constexpr, BG: tl.constexpr,
 ):  # fmt: skip
     """Gradients of the streams and of the sublayer's output, BM tokens a program.
@@ -40,6 +42,9 @@ def stream_backward_kernel(
     g [T, N, C] from downstream (0 unless G); du [T, C] and pre [T, N] if AGGREGATE; da, factor [T, 3, 4] and w
     (`pack_kernel`'s backward array) if PROJECT; for N > 4, g is back of `phi_streams_backward_kernel`.
     With MIX: dx [T, N, C], dy [T, C], dres [T, N*N], dpost [T, N]; without: dx alone (x is x').
+
+    With READ: also what the sublayer read, u [T, C] from x, as the forward wrote it: from its weights [T, N], and with
+    READ_NORM its rho [T] and gamma [C] (`aggregate_again_kernel` without a pass of its own).
 
     With PROJECT the first programs add up the parameters' partial sums (to what is there, if ACCUMULATE: Megatron's
     main_grad): dalpha [3] and dbias [R]; dphi [R, N*C], BR elements each, from partials [PARTS, PR, N*C].
@@ -59,26 +64,32 @@ def stream_backward_kernel(
             program = tiles.descending(tl.program_id(0) - REDUCE, tl.num_programs(0) - REDUCE)
             _stream_backward(
                 g_ptr, du_ptr, x_ptr, y_ptr, y_bias_ptr, seed_ptr, res_ptr, post_ptr, pre_ptr, da_ptr, factor_ptr, w_ptr,
-                gamma_ptr, rho_ptr, kappa_ptr, dx_ptr, dy_ptr, dres_ptr, dpost_ptr, T, p_drop, program,
-                N, P, C, R, RP, MIX, AGGREGATE, PROJECT, G, BIAS, DROPOUT, BF16, DOT32, NORM, CENTERED, BM, BC, V, STAGES,
+                gamma_ptr, rho_ptr, kappa_ptr, dx_ptr, dy_ptr, dres_ptr, dpost_ptr,
+                read_pre_ptr, read_rho_ptr, read_gamma_ptr, read_ptr, T, p_drop, program,
+                N, P, C, R, RP, MIX, AGGREGATE, PROJECT, G, BIAS, DROPOUT, BF16, DOT32, NORM, CENTERED,
+                READ, READ_NORM, READ_CENTERED, BM, BC, V, STAGES,
             )  # fmt: skip
     else:
         program = tiles.descending(tl.program_id(0), tl.num_programs(0))
         _stream_backward(
             g_ptr, du_ptr, x_ptr, y_ptr, y_bias_ptr, seed_ptr, res_ptr, post_ptr, pre_ptr, da_ptr, factor_ptr, w_ptr,
-            gamma_ptr, rho_ptr, kappa_ptr, dx_ptr, dy_ptr, dres_ptr, dpost_ptr, T, p_drop, program,
-            N, P, C, R, RP, MIX, AGGREGATE, PROJECT, G, BIAS, DROPOUT, BF16, DOT32, NORM, CENTERED, BM, BC, V, STAGES,
+            gamma_ptr, rho_ptr, kappa_ptr, dx_ptr, dy_ptr, dres_ptr, dpost_ptr,
+            read_pre_ptr, read_rho_ptr, read_gamma_ptr, read_ptr, T, p_drop, program,
+            N, P, C, R, RP, MIX, AGGREGATE, PROJECT, G, BIAS, DROPOUT, BF16, DOT32, NORM, CENTERED,
+            READ, READ_NORM, READ_CENTERED, BM, BC, V, STAGES,
         )  # fmt: skip
 
 
 @triton.jit
 def _stream_backward(
     g_ptr, du_ptr, x_ptr, y_ptr, y_bias_ptr, seed_ptr, res_ptr, post_ptr, pre_ptr, da_ptr, factor_ptr, w_ptr,
-    gamma_ptr, rho_ptr, kappa_ptr, dx_ptr, dy_ptr, dres_ptr, dpost_ptr, T, p_drop, program,
+    gamma_ptr, rho_ptr, kappa_ptr, dx_ptr, dy_ptr, dres_ptr, dpost_ptr,
+    read_pre_ptr, read_rho_ptr, read_gamma_ptr, read_ptr, T, p_drop, program,
     N: tl.constexpr, P: tl.constexpr, C: tl.constexpr, R: tl.constexpr, RP: tl.constexpr,
     MIX: tl.constexpr, AGGREGATE: tl.constexpr, PROJECT: tl.constexpr, G: tl.constexpr,
     BIAS: tl.constexpr, DROPOUT: tl.constexpr, BF16: tl.constexpr, DOT32: tl.constexpr,
     NORM: tl.constexpr, CENTERED: tl.constexpr,
+    READ: tl.constexpr, READ_NORM: tl.constexpr, READ_CENTERED: tl.constexpr,
     BM: tl.constexpr, BC: tl.constexpr, V: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     rows = program * BM + tl.arange(0, BM)
@@ -94,6 +105,9 @@ def _stream_backward(
     if NORM:
         rho = tl.load(rho_ptr + at)[:, None]
         kappa = tl.load(kappa_ptr + at)[:, None]
+    if READ:
+        read_pre = tiles.load_columns(read_pre_ptr + at * N, N)
+        read_rho = tl.load(read_rho_ptr + at)[:, None] if READ_NORM else 1.0
     WIDE: tl.constexpr = N > 4
     if PROJECT and not WIDE:
         rn = tl.arange(0, RP)
@@ -107,6 +121,12 @@ def _stream_backward(
         at_y = at[:, None] * C + columns[None, :]
         at_x = at[:, None] * (N * C) + columns[None, :]
         x = tiles.load_streams(x_ptr + at_x, mask, N, C, EVEN)
+        if READ:
+            u = tiles.read_again(
+                read_pre, x, read_rho, read_gamma_ptr, columns, read_ptr.dtype.element_ty, N, C,
+                READ_NORM, READ_CENTERED, EVEN,
+            )  # fmt: skip
+            tiles.store(read_ptr + at_y, u, exists, mask, EVEN)
         if MIX:
             y, keep = tiles.load_output(
                 y_ptr, y_bias_ptr, seed_ptr, rows, columns, at_y, mask, p_drop, C, BIAS, DROPOUT, EVEN

@@ -28,7 +28,7 @@ from mhc_kernels.fused.boundary_plans import (
 from mhc_kernels.fused.launch import Plan
 from mhc_kernels.fused.library import operator, sizes, sizes_of
 from mhc_kernels.fused.memory import Form, allocator, form
-from mhc_kernels.fused.single import plans
+from mhc_kernels.fused.single import Read, plans
 from mhc_kernels.reference import streams_of
 
 Outputs = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor, Tensor, Tensor]
@@ -58,7 +58,8 @@ class ForwardCall:
             self._plan = forward_plan(s, options)
             self._scratch = _scratch(self._plan)
         self._device, self._streams, self._options = device, (shape, n, dtype, device), options
-        self._backward: dict[tuple[bool, bool, bool], BackwardCall] = {}
+        self._backward: dict[tuple[bool, bool, bool, Read | None], BackwardCall] = {}
+        self.read = Read(options.gamma, options.centered)
 
     def run(
         self, x: Tensor, res: Tensor | None, post: Tensor | None, y: Tensor | None, y_bias: Tensor | None, seed: Tensor | None,
@@ -82,9 +83,10 @@ class ForwardCall:
             plan = aggregate_again_plan(sizes_of(*self._streams), options.gamma, options.centered)
             plan.run(self._device, streams, streams if gamma is None else gamma, kept, u)
 
-    def backward(self, g: bool, du: bool, accumulates: bool) -> BackwardCall:
-        """Its backward, given whether out and u have gradients and whether there are gradients of the parameters to add to."""
-        key = (g, du, accumulates)
+    def backward(self, g: bool, du: bool, accumulates: bool, read: Read | None = None) -> BackwardCall:
+        """Its backward, given whether out and u have gradients and whether there are gradients of the parameters to add to.
+        read: of the call whose u it computes again."""
+        key = (g, du, accumulates, read)
         call = self._backward.get(key)
         if call is None:
             call = self._backward[key] = backward_call(*self._streams, self._options.backward(*key))
@@ -107,9 +109,10 @@ class BackwardCall:
         self, g: Tensor | None, du: Tensor | None, dpre: Tensor | None, dpost_out: Tensor | None, dres_out: Tensor | None,
         x: Tensor, res: Tensor | None, post: Tensor | None, y: Tensor | None, y_bias: Tensor | None, seed: Tensor | None,
         out: Tensor, pre: Tensor | None, kept: Tensor, alpha: Tensor, bias: Tensor, gamma: Tensor | None,
-        mains: Sequence[Tensor | None],
+        mains: Sequence[Tensor | None], again: Sequence[Tensor | None] = (None, None, None),
     ) -> Gradients:  # fmt: skip
-        """As `boundary_backward`. mains: the gradients to add to."""
+        """As `boundary_backward`. mains: the gradients to add to. again: what the call that returned x kept, its norm's weight,
+        and the memory of its u, which gets the same values once more: x is read here anyway."""
         new = allocator(x)
         results: list[Any] = [None if form is None else new(*form) for form in self._results]
         if self._plan is None:
@@ -128,7 +131,8 @@ class BackwardCall:
             dpre = bias.new_zeros((*x.shape[:-1], self._n))
         self._plan.run(
             self._device, x, g, du, dpre, dpost_out, dres_out, res, post, y, y_bias, seed, out, pre, kept, alpha, bias, gamma,
-            new(*self._scratch), torch.empty_like(out) if self._wide else None, dx, dy, dres, dpost, dgamma, dphi, dalpha, dbias,
+            *again, new(*self._scratch), torch.empty_like(out) if self._wide else None,
+            dx, dy, dres, dpost, dgamma, dphi, dalpha, dbias,
         )  # fmt: skip
         return results  # type: ignore[return-value]
 

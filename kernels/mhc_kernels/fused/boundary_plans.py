@@ -9,7 +9,7 @@ import torch
 from mhc_kernels.fused import configs, forward, mapping_backward, pack, phi_backward
 from mhc_kernels.fused.launch import Part, Plan, Step, divide
 from mhc_kernels.fused.library import Sizes, cdiv
-from mhc_kernels.fused.single import mix_project_step, plans, stream_backward_step
+from mhc_kernels.fused.single import Read, mix_project_step, plans, stream_backward_step
 
 Shape = tuple[tuple[int, ...], torch.dtype]
 
@@ -30,15 +30,17 @@ class ForwardOptions(NamedTuple):
     norm_eps: float
     centered: bool
 
-    def backward(self, g: bool, du: bool, accumulates: bool) -> BackwardOptions:
-        """Given whether out and u have gradients, and whether there are gradients of the parameters to add to."""
+    def backward(self, g: bool, du: bool, accumulates: bool, read: Read | None) -> BackwardOptions:
+        """Given whether out and u have gradients, and whether there are gradients of the parameters to add to; and what the
+        sublayer read, if that is computed again."""
         mixed = (self.mixes, self.biased, self.drops, self.p)
         mapped = (self.iterations, self.eps_sinkhorn, self.hc)
-        return BackwardOptions(g, du, accumulates, *mixed, *mapped, self.gamma, self.centered, self.aggregates)
+        return BackwardOptions(g, du, accumulates, *mixed, *mapped, self.gamma, self.centered, self.aggregates, read)
 
 
 class BackwardOptions(NamedTuple):
-    """Of `boundary_backward`. keeps_pre: whether the weights pre are in kept."""
+    """Of `boundary_backward`. keeps_pre: whether the weights pre are in kept. read: of the sublayer's input, if that is computed
+    again (`BackwardCall.run`)."""
 
     g: bool
     aggregates: bool
@@ -53,6 +55,7 @@ class BackwardOptions(NamedTuple):
     gamma: torch.dtype | None
     centered: bool
     keeps_pre: bool
+    read: Read | None = None
 
 
 def _kept(s: Sizes, aggregates: bool, normalises: bool) -> dict[str, Part]:
@@ -192,16 +195,30 @@ def gradient_shapes(
 
 _BACKWARD = (
     "x", "g", "du", "dpre", "dpost_out", "dres_out", "res", "post", "y", "y_bias", "seed", "out", "pre", "kept", "alpha", "bias",
-    "gamma", "scratch", "back", "dx", "dy", "dres", "dpost", "dgamma", "dphi", "dalpha", "dbias",
+    "gamma", "read_kept", "read_gamma", "read", "scratch", "back",
+    "dx", "dy", "dres", "dpost", "dgamma", "dphi", "dalpha", "dbias",
 )  # fmt: skip
 
 
 @plans
 def backward_plan(s: Sizes, options: BackwardOptions) -> Plan:
     """Takes the tensors of `_BACKWARD`; None for those that there are not with these options."""
-    g, aggregates, accumulates, mixes, biased, drops, p, iterations, eps_sinkhorn, hc, gamma, centered, keeps_pre = (
-        options
-    )
+    (
+        g,
+        aggregates,
+        accumulates,
+        mixes,
+        biased,
+        drops,
+        p,
+        iterations,
+        eps_sinkhorn,
+        hc,
+        gamma,
+        centered,
+        keeps_pre,
+        read,
+    ) = options
     normalises = gamma is not None
     config = configs.mapping_backward(s, normalises)
     block = configs.token_block_backward(s.n, config.warps)
@@ -235,7 +252,7 @@ def backward_plan(s: Sizes, options: BackwardOptions) -> Plan:
 
     counts = (maps, rows, splits)
     streams = stream_backward_step(
-        s, g, aggregates, mixes, True, biased, drops, accumulates, p, counts, normalises, centered
+        s, g, aggregates, mixes, True, biased, drops, accumulates, p, counts, normalises, centered, read
     )
     scratch = divide(
         "scratch",
@@ -250,6 +267,7 @@ def backward_plan(s: Sizes, options: BackwardOptions) -> Plan:
     absent = _absent(
         (g, ("g",)), (aggregates, ("du",)), (mixes, ("res", "post", "y", "dy", "dres", "dpost")), (biased, ("y_bias",)),
         (drops, ("seed",)), (not keeps_pre, ("pre",)), (normalises, ("gamma", "dgamma")),
+        (read is not None, ("read_kept", "read")), (read is not None and read.gamma is not None, ("read_gamma",)),
     )  # fmt: skip
     if aggregates:
         absent["dpre"] = "alpha"
@@ -257,4 +275,7 @@ def backward_plan(s: Sizes, options: BackwardOptions) -> Plan:
         absent["back"] = "out"
     # The gradients of the parameters may be Megatron's, at any address.
     parts = {**_kept(s, keeps_pre, normalises), **scratch}
+    if read is not None:
+        theirs = _kept(s, True, read.gamma is not None)
+        parts |= {f"read_{name}": theirs[name]._replace(base="read_kept") for name in ("pre", "rho") if name in theirs}
     return Plan(_BACKWARD, [mapping, phi, streams], parts, _BACKWARD[-10:], absent)

@@ -354,16 +354,12 @@ def aggregate_again_kernel(
     at = tl.minimum(rows, T - 1).to(tl.int64)
     pre = tiles.load_columns(pre_ptr + at * N, N)
     EVEN: tl.constexpr = C % BC == 0
-    if NORM:
-        rho = tl.load(rho_ptr + at)[:, None]
+    rho = tl.load(rho_ptr + at)[:, None] if NORM else 1.0
     for c in tl.range(0, C, BC, num_stages=STAGES):
         columns = c + tl.arange(0, BC)
         mask = (columns < C)[None, :]
         x = tiles.load_streams(x_ptr + at[:, None] * (N * C) + columns[None, :], mask, N, C, EVEN)
-        u = tiles.weighted_sum(pre, x, N)
-        if NORM:
-            gamma = tiles.load_gamma(gamma_ptr, columns, C, CENTERED, EVEN)
-            u = u.to(u_ptr.dtype.element_ty).to(tl.float32) * rho * gamma  # it was stored before it was normalised
+        u = tiles.read_again(pre, x, rho, gamma_ptr, columns, u_ptr.dtype.element_ty, N, C, NORM, CENTERED, EVEN)
         tiles.store(u_ptr + at[:, None] * C + columns[None, :], u, exists, mask, EVEN)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -14,6 +15,7 @@ from mhc_kernels.fused.boundary import ForwardOptions as ForwardOptions
 from mhc_kernels.fused.boundary import forward_call as forward_call
 from mhc_kernels.fused.library import observed
 from mhc_kernels.recompute_block import RecomputePlace, saved_tensors_are_hooked
+from mhc_kernels.recompute_input import Refill
 
 
 class Settings(NamedTuple):
@@ -88,6 +90,7 @@ class Boundary(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, res: Tensor, post: Tensor, y: Tensor, y_bias: Tensor | None, seed: Tensor | None,
         phi: Tensor, alpha: Tensor, bias: Tensor, gamma: Tensor | None, setup: Setup, recompute: RecomputePlace | None,
+        refill: Refill | None,
     ) -> tuple[Tensor | None, ...]:  # fmt: skip
         p, settings, norm, accumulate, call = setup
         if call is None or observed(x, res, post, y, y_bias, seed, phi, alpha, bias, gamma):
@@ -99,7 +102,7 @@ class Boundary(torch.autograd.Function):
             out, u, _, post_out, res_out, kept = call.run(x, res, post, y, y_bias, seed, phi, alpha, bias, gamma)
         if recompute is not None and any(ctx.needs_input_grad):  # else there will be no node
             recompute.enter(ctx, x, out)
-        ctx.recompute, ctx.unpacked, ctx.call = recompute, None, call
+        ctx.recompute, ctx.unpacked, ctx.call, ctx.refill = recompute, None, call, refill
         ctx.aggregated = None if call is None or saved_tensors_are_hooked() else _aggregated_by_boundary
         kept_x = x if recompute is None or recompute.is_first else None
         kept_out = out if recompute is None or recompute.is_last else None
@@ -119,7 +122,8 @@ class Boundary(torch.autograd.Function):
             if x is None:
                 x = ctx.recompute.streams(_mix_again)
             dx, dy, dres_in, dpost_in, dgamma, dphi, dalpha, dbias = _boundary_backward(
-                ctx, g, du, None, dpost, dres, x, res, post, y, y_bias, seed, out, None, kept, phi, alpha, bias, gamma
+                ctx, g, du, None, dpost, dres, x, res, post, y, y_bias, seed, out, None, kept, phi, alpha, bias, gamma,
+                ctx.refill,
             )  # fmt: skip
         finally:
             ctx.unpacked = None  # it may hold what this node has made
@@ -127,7 +131,8 @@ class Boundary(torch.autograd.Function):
             ctx.recompute.release()
         dy_bias = None if y_bias is None else _bias_gradient(dy, y_bias)
         return (
-            dx, dres_in, dpost_in, dy, dy_bias, None, dphi, dalpha, dbias, None if gamma is None else dgamma, None, None
+            dx, dres_in, dpost_in, dy, dy_bias, None, dphi, dalpha, dbias, None if gamma is None else dgamma, None, None,
+            None,
         )  # fmt: skip
 
 
@@ -146,15 +151,18 @@ def _mix_again(context: Any, x: Tensor | None) -> Tensor:
     return single.mix(first if x is None else x, res, post, y, y_bias, seed, context.setup.p)
 
 
-def _aggregated_by_boundary(context: Any) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Of a boundary's autograd node: the streams that u was aggregated from, what was kept of that, the norm's weight."""
+def _aggregated_by_boundary(context: Any, x: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Of a boundary's autograd node: the streams that u was aggregated from (x, if they are at hand), what was kept of that, the
+    norm's weight."""
     _, _, _, _, _, _, out, kept, _, _, _, gamma = context.saved_tensors
-    return context.recompute.next().streams(_mix_again) if out is None else out, kept, gamma
-
-
-def _aggregated_by_connect(context: Any) -> tuple[Tensor, Tensor, Tensor | None]:
-    x, kept, _, _, _, gamma = context.saved_tensors
+    if x is None:
+        x = context.recompute.next().streams(_mix_again) if out is None else out
     return x, kept, gamma
+
+
+def _aggregated_by_connect(context: Any, x: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    saved, kept, _, _, _, gamma = context.saved_tensors
+    return saved if x is None else x, kept, gamma
 
 
 class Connect(torch.autograd.Function):
@@ -220,6 +228,7 @@ def _boundary_backward(
     ctx: Any, g: Tensor | None, du: Tensor | None, dpre: Tensor | None, dpost: Tensor | None, dres: Tensor | None,
     x: Tensor, res: Tensor | None, post: Tensor | None, y: Tensor | None, y_bias: Tensor | None, seed: Tensor | None,
     out: Tensor, pre: Tensor | None, kept: Tensor, phi: Tensor | None, alpha: Tensor, bias: Tensor, gamma: Tensor | None,
+    refill: Refill | None = None,
 ) -> Sequence[Tensor]:  # fmt: skip
     """phi: None unless gradients are accumulated."""
     mains: tuple[Tensor | None, ...] = (None, None, None) if phi is None else _main_gradients((phi, alpha, bias))
@@ -232,9 +241,11 @@ def _boundary_backward(
             settings.iterations, settings.eps_sinkhorn, settings.hc, gamma, norm.centered,
         )  # fmt: skip
     else:
-        gradients = call.backward(g is not None, du is not None, mains[0] is not None).run(
-            *given, x, res, post, y, y_bias, seed, out, pre, kept, alpha, bias, gamma, mains
-        )
+        with contextlib.nullcontext() if refill is None else refill.beside(x) as again:
+            read, arrays = (None, (None, None, None)) if again is None else again
+            gradients = call.backward(g is not None, du is not None, mains[0] is not None, read).run(
+                *given, x, res, post, y, y_bias, seed, out, pre, kept, alpha, bias, gamma, mains, arrays
+            )
     if phi is None or mains[0] is None:
         return gradients
     parameters = (phi, alpha, bias)

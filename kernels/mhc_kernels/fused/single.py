@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,6 +15,13 @@ from mhc_kernels.fused.library import Sizes, cdiv, operator, sizes
 
 plans = lru_cache(4096)
 """For the functions that make them: plans are kept by sizes and options, and every layer has the same."""
+
+
+class Read(NamedTuple):
+    """What a sublayer read, as an aggregation's options: the dtype of the norm's weight (None: no norm), if it is centered."""
+
+    gamma: torch.dtype | None
+    centered: bool
 
 
 def mix_project_step(s: Sizes, mixes: bool, projects: bool, squares: bool, biased: bool, drops: bool, p: float) -> Step:
@@ -35,9 +42,10 @@ def mix_project_step(s: Sizes, mixes: bool, projects: bool, squares: bool, biase
 
 def stream_backward_step(
     s: Sizes, g: bool, aggregates: bool, mixes: bool, projects: bool, biased: bool, drops: bool, accumulates: bool, p: float,
-    counts: tuple[int, int, int] = (0, 0, 0), normalises: bool = False, centered: bool = False,
+    counts: tuple[int, int, int] = (0, 0, 0), normalises: bool = False, centered: bool = False, read: Read | None = None,
 ) -> Step:  # fmt: skip
-    """`stream_backward_kernel`. counts: of totals, pre_totals, partials, if it projects.
+    """`stream_backward_kernel`. counts: of totals, pre_totals, partials, if it projects. read: if it computes the sublayer's
+    input again.
 
     g, aggregates, mixes, projects: through what the gradient comes: later streams, u, x', phi.
     """
@@ -52,11 +60,17 @@ def stream_backward_step(
     g_name = "back" if projects and s.wide else "g"
     outputs = ("dx", "dy", "dres", "dpost") if mixes else ("dx", "x", "x", "x")
     pre = "pre" if aggregates else "x"
-    arrays = (g_name, "du", "x", "y", "y_bias", "seed", "res", "post", pre, *own, *norm, *outputs, *sums)
+    reads, reading = ("x",) * 4, (False, False, False)
+    if read is not None:
+        read_norm = read.gamma is not None
+        reads = ("read_pre", *(("read_rho", "read_gamma") if read_norm else ("x", "x")), "read")
+        reading = (True, read_norm, read_norm and read.centered)
+    arrays = (g_name, "du", "x", "y", "y_bias", "seed", "res", "post", pre, *own, *norm, *outputs, *reads, *sums)
     meta = (
         s.n, s.padded_streams, s.c, s.rows, s.padded_rows, s.padded_totals, s.padded_pre, s.partial_rows,
         mixes, aggregates, projects, g or g_name == "back", biased, drops, s.bf16, s.dot32, accumulates,
-        normalises, centered, config.BM, config.BC, config.V, config.STAGES, configs.REDUCE_BLOCK, configs.GAMMA_BLOCK,
+        normalises, centered, *reading,
+        config.BM, config.BC, config.V, config.STAGES, configs.REDUCE_BLOCK, configs.GAMMA_BLOCK,
     )  # fmt: skip
     programs = cdiv(s.t, config.BM)
     if projects:

@@ -120,6 +120,17 @@ def weighted_sum(w, x, N: tl.constexpr):
 
 
 @triton.jit
+def read_again(pre, x, rho, gamma_ptr, columns, dtype: tl.constexpr, N: tl.constexpr, C: tl.constexpr,
+    NORM: tl.constexpr, CENTERED: tl.constexpr, EVEN: tl.constexpr):  # fmt: skip
+    """u of streams x with the bits that the forward stored, from the weights pre; NORM: rho, 1 / rms(u), is known."""
+    u = weighted_sum(pre, x, N)
+    if NORM:
+        gamma = load_gamma(gamma_ptr, columns, C, CENTERED, EVEN)
+        u = u.to(dtype).to(tl.float32) * rho * gamma  # it was stored before it was normalised
+    return u
+
+
+@triton.jit
 def zeros(COUNT: tl.constexpr, BM: tl.constexpr, W: tl.constexpr):
     """COUNT accumulators ``[BM, W]``."""
     z = tl.zeros((BM, W), tl.float32)

@@ -70,13 +70,20 @@ def warm_up(
             more: dict[str, Any] = {**settings, "accumulate": accumulate, "norm": following}
             streams_, u, post, res = ops.connect(x, *parameters, **more)
             ends: tuple[torch.Tensor, ...] = (u,)
+            y_, last = y, y
             if recompute:
-                ends = (u.sin(),)  # which keeps u
-                free_until_backward(u, *ends)
-            streams_, u2, post, res = ops.boundary(streams_, res, post, y, bias, *parameters, **more, dropout_p=p)
-            out = ops.mix(streams_, res, post, y, bias, dropout_p=p, backend="triton")
+                y_ = u.sin()  # which keeps u
+                free_until_backward(u, y_)
+                ends = ()
+            streams_, u, post, res = ops.boundary(streams_, res, post, y_, bias, *parameters, **more, dropout_p=p)
+            if recompute:
+                last = u.sin()
+                free_until_backward(u, last)
+            else:
+                ends = (*ends, u)
+            out = ops.mix(streams_, res, post, last, bias, dropout_p=p, backend="triton")
             mean = ops.aggregate(out, torch.full_like(post, 1 / streams), backend="triton")
-            ends = (mean, *ends, u2)
+            ends = (mean, *ends)
             torch.autograd.backward(ends, ends)
     if split:
         with torch.no_grad():

@@ -19,9 +19,9 @@ from triton.compiler import ASTSource
 from mhc_kernels.fused.boundary_plans import ForwardOptions, backward_plan, forward_plan
 from mhc_kernels.fused.launch import Step
 from mhc_kernels.fused.library import sizes_of
-from mhc_kernels.fused.single import mix_project_step
+from mhc_kernels.fused.single import Read, mix_project_step
 
-STREAMS = {"x", "y", "y_bias", "out", "u", "g", "du", "dx", "dy", "back"}
+STREAMS = {"x", "y", "y_bias", "out", "u", "g", "du", "dx", "dy", "back", "read"}
 PRODUCTS = {"w", "w_back", "da"}
 KERNELS = {
     "mix_project_kernel", "project_kernel", "phi_backward_kernel", "phi_streams_backward_kernel", "stream_backward_kernel",
@@ -34,7 +34,8 @@ def steps(n: int, c: int) -> list[Step]:
     found: dict[Any, Step] = {}
     for mixes in (True, False):
         options = ForwardOptions(mixes, False, False, 0.0, True, 20, 1e-6, 0.0, False, None, 0.0, False)
-        for plan in (forward_plan(sizes, options), backward_plan(sizes, options.backward(True, True, False))):
+        backwards = [options.backward(True, True, False, read) for read in (None, Read(None, False))[: 1 + mixes]]
+        for plan in (forward_plan(sizes, options), *(backward_plan(sizes, backward) for backward in backwards)):
             found |= {(step.kernel.fn.__name__, step.meta): step for step in plan._steps}
     names = KERNELS - ({"stream_backward_kernel"} if sizes.wide else set())  # there it has no product
     return [step for (name, _), step in found.items() if name in names]

@@ -22,7 +22,14 @@ T, C, LENGTH = 10, 32, 5
 class Chain:
     """connect, LENGTH boundaries and a mix; ``sublayer`` between them."""
 
-    def __init__(self, n: int = 4, dtype: torch.dtype = torch.bfloat16, dropout_p: float = 0.0, norm: bool = False):
+    def __init__(
+        self,
+        n: int = 4,
+        dtype: torch.dtype = torch.bfloat16,
+        dropout_p: float = 0.0,
+        norm: bool = False,
+        flat: bool = False,
+    ):
         generator = torch.Generator().manual_seed(n)
 
         def random(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -33,7 +40,7 @@ class Chain:
         self.own = [(random(rows, n * C), random(3), random(rows)) for _ in range(LENGTH + 1)]
         self.bias = random(C, dtype=dtype)
         self.norm = RMSNorm(random(C, dtype=dtype), 1e-5) if norm else None
-        self.dropout_p = dropout_p
+        self.dropout_p, self.flat = dropout_p, flat
         self.between: Callable[[Tensor], Tensor] = lambda x: x
         self.sublayer: Callable[[Tensor], Tensor] = torch.tanh
 
@@ -41,8 +48,10 @@ class Chain:
         """The last streams; blocks of that many boundaries, or none."""
         torch.manual_seed(0)
         place = None if block_length is None else recompute(block_length)
-        x, u, post, res = connect(self.x, *self.own[0], norm=self.norm, iterations=2, backend="triton")
-        more: dict[str, Any] = {"dropout_p": self.dropout_p, "backend": "triton"}
+        more: dict[str, Any] = {"flat": self.flat, "backend": "triton"}
+        x = self.x.flatten(-2) if self.flat else self.x
+        x, u, post, res = connect(x, *self.own[0], norm=self.norm, iterations=2, **more)
+        more["dropout_p"] = self.dropout_p
         each = {"norm": self.norm, "iterations": 2, **more}
         for own in self.own[1:]:
             x, u, post, res = boundary(x, res, post, self.sublayer(u), self.bias, *own, recompute=place, **each)

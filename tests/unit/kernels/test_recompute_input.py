@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -13,7 +14,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.checkpoint import checkpoint
 
 from mhc_kernels import RMSNorm, boundary, connect, free_until_backward, mix, recompute
-from mhc_kernels.fused.boundary import ForwardCall
+from mhc_kernels.fused.boundary import BackwardCall, ForwardCall
+from mhc_kernels.recompute_input import Refill
 from tests.unit.kernels.cases import DEVICE, PARAMETERS, Case
 from tests.unit.kernels.test_recompute import LENGTH, Chain
 
@@ -45,6 +47,22 @@ class Freeing:
 @pytest.fixture
 def refills(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
     """What was computed again."""
+    made: list[Tensor] = []
+    original = Refill._filled
+
+    @contextlib.contextmanager
+    def recorded(*arguments: Any) -> Iterator[Tensor]:
+        with original(*arguments) as u:
+            yield u
+        made.append(u)
+
+    monkeypatch.setattr(Refill, "_filled", recorded)
+    return made
+
+
+@pytest.fixture
+def alone(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
+    """Of those, what had a pass over the streams of its own."""
     made: list[Tensor] = []
     original = ForwardCall.aggregate_again
 
@@ -98,15 +116,60 @@ def test_same_bits(length: int | None) -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [{"n": 1}, {"n": 3, "dtype": torch.float32}, {"n": 5}, {"dropout_p": 0.3, "norm": True}],
+    [
+        {"n": 1},
+        {"n": 2, "norm": True},
+        {"n": 3, "dtype": torch.float32},
+        {"n": 4, "dtype": torch.float16, "norm": True},
+        {"n": 5},
+        {"n": 8},
+        {"dropout_p": 0.3, "norm": True},
+    ],
     ids=str,
 )
-def test_same_bits_of_every_kind(options: dict[str, Any]) -> None:
-    chain, kept = Chain(**options), Chain(**options)
+def test_same_bits_of_every_kind(options: dict[str, Any], refills: list[Tensor], alone: list[Tensor]) -> None:
+    """With flat streams, every input but the last comes from the boundary that reads its streams anyway."""
+    chain, kept = Chain(**options, flat=True), Chain(**options, flat=True)
     kept.sublayer = torch.sin
     Freeing(chain)
     for ours, expected in zip(chain.step(3), kept.step(None), strict=True):
         assert torch.equal(ours, expected)
+    assert (len(refills), len(alone)) == (LENGTH + 1, 1)
+
+
+@pytest.mark.parametrize("centered", [False, True])
+def test_a_norm_that_only_one_of_two_has(centered: bool) -> None:
+    """The boundary that computes an input again has other options than the one that made it."""
+    results = []
+    for frees in (True, False):
+        chain = Chain(norm=True)
+        assert chain.norm is not None
+        norm = chain.norm._replace(centered=centered)
+        x, u, post, res = connect(chain.x.flatten(-2), *chain.own[0], flat=True, backend="triton", norm=norm)
+        for k in (1, 2, 3):
+            y = u.sin()
+            assert not frees or free_until_backward(u, y)
+            more: dict[str, Any] = {"flat": True, "backend": "triton", "norm": None if k % 2 else norm}
+            x, u, post, res = boundary(x, res, post, y, None, *chain.own[k], **more)
+        leaves = [chain.x, norm.weight, *(p for own in chain.own[:4] for p in own)]
+        results.append(torch.autograd.grad(u.float().square().sum() + x.float().square().sum(), leaves))
+    for ours, kept in zip(*results, strict=True):
+        assert torch.equal(ours, kept)
+
+
+def test_streams_changed_in_between(alone: list[Tensor]) -> None:
+    """What the next boundary reads is then not what the input was aggregated from."""
+    results = []
+    for frees in (True, False):
+        chain = Chain(flat=True)
+        freeing = Freeing(chain) if frees else None
+        if freeing is None:
+            chain.sublayer = torch.sin
+        chain.between = lambda x: x * 2
+        results.append(chain.step(None))
+    assert len(alone) == LENGTH  # all but the first: nothing has come between connect and its boundary
+    for ours, kept in zip(*results, strict=True):
+        assert torch.equal(ours, kept)
 
 
 @pytest.mark.parametrize("length", [1, 4])
@@ -178,19 +241,20 @@ def test_backward_twice(refills: list[Tensor]) -> None:
         torch.autograd.grad(out, chain.x, torch.ones_like(out))
 
 
-def test_a_refill_that_fails_is_made_again(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("where", [(ForwardCall, "aggregate_again"), (BackwardCall, "run")], ids=["alone", "beside"])
+def test_a_refill_that_fails_is_made_again(where: tuple[type, str], monkeypatch: pytest.MonkeyPatch) -> None:
     """A backward that ends half way must not leave memory that the next one takes for u."""
-    original, kept = ForwardCall.aggregate_again, Chain()
+    original, kept = getattr(*where), Chain()
     kept.sublayer = torch.sin
     chain = Chain()
     Freeing(chain)
     out = chain.run(3)
 
     def fails(*arguments: Any) -> None:
-        monkeypatch.setattr(ForwardCall, "aggregate_again", original)
+        monkeypatch.setattr(*where, original)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(ForwardCall, "aggregate_again", fails)
+    monkeypatch.setattr(*where, fails)
     with pytest.raises(KeyboardInterrupt):
         torch.autograd.grad(out, chain.x, torch.ones_like(out), retain_graph=True)
     expected = kept.run(3)
