@@ -116,9 +116,12 @@ def build(shape: str, kind: str, layers: int, sequence: int, tiny: bool, padded:
 
 
 def build_chunks(
-    kind: str, stages: int, vpp: int, layers: int, experts: int, sequence: int, tiny: bool
+    kind: str, stages: int, vpp: int, layers: int, experts: int, sequence: int, tiny: bool, group: int, flush: bool
 ) -> tuple[list[torch.nn.Module], Any]:
-    """This rank's chunks of a 27B-shaped model on so many stages, and their config, as Megatron's arguments would have it."""
+    """This rank's chunks of a 27B-shaped model on so many stages, and their config, as Megatron's arguments would have it.
+
+    group: microbatches that pass a chunk in a row; flush: ``overlap_p2p_comm_warmup_flush``; both with several chunks.
+    """
     dtype = torch.float32 if tiny else torch.bfloat16
     settings: dict[str, Any] = {
         "pipeline_model_parallel_size": stages,
@@ -130,7 +133,7 @@ def build_chunks(
     }
     if vpp > 1:
         settings |= {"virtual_pipeline_model_parallel_size": vpp, "overlap_p2p_comm": True}
-        settings |= {"microbatch_group_size_per_vp_stage": stages}
+        settings |= {"microbatch_group_size_per_vp_stage": group, "overlap_p2p_comm_warmup_flush": flush}
     config = _config("27b", layers, tiny, settings)
     chunks = range(vpp) if vpp > 1 else [None]
     return [_model(config, PIPELINE_KINDS[kind], sequence, tiny, chunk) for chunk in chunks], config

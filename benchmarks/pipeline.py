@@ -1,7 +1,7 @@
 """What pipeline transfers of streams cost a training step on two GPUs, or on as many as there are processes: one a stage.
 
     torchrun --nproc-per-node 2 benchmarks/pipeline.py [--vpp 1 2 4] [--layers 8] [--microbatches 8] [--kinds ...]
-                                                       [--json FILE] [--timeline PNG]
+                                                       [--group N] [--warmup-flush] [--json FILE] [--timeline PNG]
 
 Kinds: residual; wide-stock (mHC, n*C values a token in Megatron's own transfers, its waits for sends included); wide (sends that
 nobody waits for); split (`mhc_megatron.pipeline.split`). wide and split with other settings of NCCL for their links, as
@@ -55,8 +55,9 @@ class Run:
         self.kind, *self.link_settings = kind.split(":")
         self.links: Any = weakref.WeakKeyDictionary()
         self.chunks, self.config = build_chunks(
-            self.kind, options.stages, vpp, options.layers, options.experts, options.sequence, options.tiny
-        )
+            self.kind, options.stages, vpp, options.layers, options.experts, options.sequence, options.tiny,
+            options.group, options.warmup_flush,
+        )  # fmt: skip
         self.times: dict[bool, list[float]] = {False: [], True: []}
         device = "cuda" if torch.cuda.is_available() else "cpu"
         shape = (options.microbatch, options.sequence)
@@ -283,9 +284,9 @@ def _trace(run: Run, picture: Path) -> None:
         print(describe(*ranks[:2]), flush=True)
 
 
-def show(stages: int, vpp: int, results: dict[str, dict[str, Any]], speed: float) -> None:
-    """Print one table."""
-    print(f"\nPP{stages} x VPP{vpp}, link {speed:.1f} GB/s; ms, GiB on rank 0")
+def show(stages: int, vpp: int, results: dict[str, dict[str, Any]], speed: float, how: str) -> None:
+    """Print one table. how: of an interleaved schedule."""
+    print(f"\nPP{stages} x VPP{vpp}{how if vpp > 1 else ''}, link {speed:.1f} GB/s; ms, GiB on rank 0")
     print("kind            step   local copies   exposed   (quartiles)   of residual's     peak")
     base = results.get("residual", {}).get("exposed_ms", float("nan"))
     for kind, r in results.items():
@@ -326,6 +327,16 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--microbatches", type=int, default=8)
     parser.add_argument("--microbatch", type=int, default=4, help="sequences")
+    parser.add_argument(
+        "--group",
+        type=int,
+        help="of microbatches that pass a chunk in a row (interleaved); as many as stages by default",
+    )
+    parser.add_argument(
+        "--warmup-flush",
+        action="store_true",
+        help="overlap_p2p_comm_warmup_flush: transfers of the warm-up overlap as well",
+    )
     parser.add_argument("--experts", type=int, default=9, help="on a rank (--tiny: 4)")
     parser.add_argument("--sequence", type=int, default=4096)
     parser.add_argument("--steps", type=int, default=10)
@@ -345,6 +356,9 @@ def main() -> None:
     options.stages = int(os.environ.get("WORLD_SIZE", "1"))
     if options.stages < 2:
         parser.error("one process, no pipeline: start two or more with torchrun")
+    options.group = options.group or options.stages
+    if not options.stages <= options.group <= options.microbatches:
+        parser.error(f"--group {options.group}: from {options.stages} stages to {options.microbatches} microbatches")
     for vpp in options.vpp:
         if options.layers % (options.stages * vpp):
             parser.error(
@@ -364,7 +378,8 @@ def main() -> None:
             print(f"PP{options.stages} x VPP{vpp}: {error}")
             continue
         if dist.get_rank() == 0:
-            show(options.stages, vpp, everything[vpp], speed)
+            how = f" in groups of {options.group}{', warm-up overlapped' if options.warmup_flush else ''}"
+            show(options.stages, vpp, everything[vpp], speed, how)
             if options.json:  # after each: a run may be cut off
                 _write(options, everything, speed)
     dist.barrier()

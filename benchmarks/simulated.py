@@ -59,6 +59,8 @@ def simulated(settings: dict[str, Any], vpp: int, kind: str, local: float, laten
             bandwidth=settings["gb_per_s"] * 1e9,
             latency=latency,
             chunks=vpp,
+            group=settings.get("group"),
+            warmup_flush=settings.get("warmup_flush", False) and vpp > 1,
             forward_share=share,
             backward_share=share,
             **crossing,

@@ -61,6 +61,10 @@ def check_backend(mhc_config: MHCConfig, config: Any, hidden_size: int, norm: RM
     return False
 
 
+_norms: dict[tuple, list] = {}
+"""That kernels have been built for, in chains with the same settings."""
+
+
 @cache
 def _build(
     mhc_config: MHCConfig,
@@ -75,6 +79,8 @@ def _build(
 ) -> None:
     from mhc_kernels.fused.warm_up import warm_up
 
+    norm = None if centered is None else (dtype, centered)
+    others = _norms.setdefault((mhc_config, width, dtype, output_bias, dropout_p, accumulate, device), [])
     kernels, seconds = warm_up(
         mhc_config.num_streams,
         width,
@@ -86,13 +92,15 @@ def _build(
         output_bias=output_bias,
         dropout_p=dropout_p,
         accumulate=accumulate,
-        norm=None if centered is None else (dtype, centered),
+        norm=norm,
         recompute=mhc_config.recompute,
+        others=others,
         split=split,
         device=device,
     )
-    norm = "" if centered is None else ", with the RMSNorm that follows"
-    _report(f"triton{norm} ({kernels} kernels compiled, or loaded from Triton's cache, in {seconds:.1f} s)")
+    others.append(norm)
+    with_norm = "" if centered is None else ", with the RMSNorm that follows"
+    _report(f"triton{with_norm} ({kernels} kernels compiled, or loaded from Triton's cache, in {seconds:.1f} s)")
 
 
 @cache

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,6 +12,9 @@ from mhc_kernels.add_output import add_output_, output_gradients
 from mhc_kernels.fused.launch import CompileTimes
 from mhc_kernels.norm import RMSNorm
 from mhc_kernels.recompute_input import free_until_backward
+
+Norm = tuple[torch.dtype, bool] | None
+"""Dtype of a RMSNorm's weight, and whether it is zero-centered."""
 
 
 def warm_up(
@@ -25,8 +29,9 @@ def warm_up(
     output_bias: bool = False,
     dropout_p: float = 0.0,
     accumulate: bool = False,
-    norm: tuple[torch.dtype, bool] | None = None,
+    norm: Norm = None,
     recompute: bool = False,
+    others: Sequence[Norm] = (),
     split: bool = False,
     device: torch.device | str = "cuda",
 ) -> tuple[int, float]:
@@ -37,7 +42,8 @@ def warm_up(
         iterations, eps, profile, mode, accumulate: as in `mhc_kernels.connect`.
         output_bias, dropout_p: whether sublayers return a bias with their output, and the probability of dropout on it.
         norm: dtype of the weight of a RMSNorm fused into the aggregation, and whether it is zero-centered; None for none.
-        recompute: whether what sublayers read is computed again in the backward (`mhc_kernels.free_until_backward`).
+        recompute: whether what sublayers read is computed again in the backward (`mhc_kernels.free_until_backward`); others:
+            then, norms in the same chain that calls before this one were for.
         split: whether a sublayer's output is added to streams that have come without it (`mhc_kernels.add_output_`).
         device: where.
 
@@ -50,18 +56,23 @@ def warm_up(
     def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         return torch.zeros(shape, dtype=dtype, device=device, requires_grad=True)
 
-    x, y = zeros(tokens, streams, width, dtype=dtype), zeros(tokens, width, dtype=dtype)
+    x, y = zeros(tokens, streams * width, dtype=dtype), zeros(tokens, width, dtype=dtype)
     bias = zeros(width, dtype=dtype) if output_bias else None
     parameters = (zeros(rows, streams * width), zeros(3), zeros(rows))
     if accumulate:
         for parameter in parameters:
             parameter.main_grad = torch.zeros_like(parameter)  # type: ignore[attr-defined]
-    following = None if norm is None else RMSNorm(zeros(width, dtype=norm[0]), 1e-5, norm[1])
+
+    def made(norm: Norm) -> RMSNorm | None:
+        return None if norm is None else RMSNorm(zeros(width, dtype=norm[0]), 1e-5, norm[1])
+
+    following = made(norm)
     settings: dict[str, Any] = {
         "iterations": iterations,
         "eps": eps,
         "profile": profile,
         "mode": mode,
+        "flat": True,
         "backend": "triton",
     }
     devices = [device] if torch.device(device).type == "cuda" else []
@@ -81,15 +92,25 @@ def warm_up(
                 free_until_backward(u, last)
             else:
                 ends = (*ends, u)
-            out = ops.mix(streams_, res, post, last, bias, dropout_p=p, backend="triton")
-            mean = ops.aggregate(out, torch.full_like(post, 1 / streams), backend="triton")
+            out = ops.mix(streams_, res, post, last, bias, dropout_p=p, flat=True, backend="triton")
+            mean = ops.aggregate(
+                out.unflatten(-1, (streams, width)), torch.full_like(post, 1 / streams), backend="triton"
+            )
             ends = (mean, *ends)
             torch.autograd.backward(ends, ends)
+            for before, after in (
+                [pair for other in others for pair in ((norm, other), (other, norm))] if recompute else ()
+            ):
+                streams_, u, post, res = ops.connect(x, *parameters, **{**more, "norm": made(before)})
+                y_ = u.sin()
+                free_until_backward(u, y_)
+                more |= {"norm": made(after), "dropout_p": p}
+                ends = ops.boundary(streams_, res, post, y_, bias, *parameters, **more)[:2]
+                torch.autograd.backward(ends, ends)
+                del more["dropout_p"]
     if split:
         with torch.no_grad():
             post = post.detach()
-            add_output_(x.detach().flatten(-2), post, y.detach(), backend="triton")
-            output_gradients(
-                x.detach().flatten(-2), post, y, torch.empty_like(y), torch.empty_like(post), backend="triton"
-            )
+            add_output_(x.detach(), post, y.detach(), backend="triton")
+            output_gradients(x.detach(), post, y, torch.empty_like(y), torch.empty_like(post), backend="triton")
     return CompileTimes.kernels - kernels, CompileTimes.seconds - seconds

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -191,25 +193,40 @@ def test_warm_up_builds_all_that_a_chain_needs() -> None:
     from mhc_kernels.fused.launch import CompileTimes
     from mhc_kernels.fused.warm_up import warm_up
 
-    settings = {"output_bias": True, "dropout_p": 0.1, "recompute": True, "split": True, "device": DEVICE}
+    settings: dict[str, Any] = {
+        "output_bias": True,
+        "dropout_p": 0.1,
+        "recompute": True,
+        "split": True,
+        "device": DEVICE,
+    }
     state = torch.get_rng_state(), torch.cuda.get_rng_state() if ON_GPU else torch.get_rng_state()
     kernels, _ = warm_up(4, 32, torch.float32, **settings)
+    weight = torch.ones(32, device=DEVICE, requires_grad=True)
+    warm_up(4, 32, torch.float32, norm=(weight.dtype, False), others=[None], **settings)
     assert torch.equal(torch.get_rng_state(), state[0])
-    if ON_GPU:  # interpreted kernels are never built
+    if ON_GPU:
         assert torch.equal(torch.cuda.get_rng_state(), state[1])
-        built = CompileTimes.kernels
-        case = Case(40, 4, 32)
-        leaves = case.leaves()
-        x, u, post, res = connect(leaves["x"], *(leaves[k] for k in PARAMETERS))
+    built = CompileTimes.kernels
+    assert kernels > 0
+    case = Case(40, 4, 32)
+    leaves = case.leaves()
+    own = [leaves[k] for k in PARAMETERS]
+    x = leaves["x"].flatten(-2)
+    x, u, post, res = connect(x, *own, flat=True, backend="triton")
+    norms = (None, None, RMSNorm(weight, 1e-5), RMSNorm(weight, 1e-5), None)
+    for norm in norms:
         y = u.sin()
         assert free_until_backward(u, y)
-        results = boundary(**{**leaves, "x": x, "post": post, "res": res}, dropout_p=0.1)
-        out = mix(results[0], results[3], results[2], leaves["y"], leaves["bias"], dropout_p=0.1)
-        torch.autograd.backward((aggregate(out, results[2]), results[1], y), (case.gradients[1],) * 3)
-        x, post, y = case.arguments["x"].flatten(-2), case.arguments["post"], case.arguments["y"]
-        add_output_(x, post, y)
-        output_gradients(x, post, y, torch.empty_like(y), torch.empty_like(post))
-        assert CompileTimes.kernels == built
-        assert warm_up(4, 32, torch.float32, **settings) == (0, 0.0)
-    else:
-        assert kernels > 0
+        x, u, post, res = boundary(
+            x, res, post, y, leaves["bias"], *own, norm=norm, dropout_p=0.1, flat=True, backend="triton"
+        )
+    y = u.sin()
+    assert free_until_backward(u, y)
+    out = mix(x, res, post, y, leaves["bias"], dropout_p=0.1, flat=True, backend="triton").unflatten(-1, (4, 32))
+    torch.autograd.backward(aggregate(out, post, backend="triton"), case.gradients[1])
+    x, post, y = case.arguments["x"].flatten(-2), case.arguments["post"], case.arguments["y"]
+    add_output_(x, post, y, backend="triton")
+    output_gradients(x, post, y, torch.empty_like(y), torch.empty_like(post), backend="triton")
+    assert CompileTimes.kernels == built
+    assert warm_up(4, 32, torch.float32, **settings) == (0, 0.0)
