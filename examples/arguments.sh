@@ -33,6 +33,7 @@ source "$EXAMPLES/models/$SIZE.sh"
 # --- Settings and their defaults: 8 nodes of 8 H100-80GB. README.md has the list. ---------------------------------------
 : "${PYTHON:=python}" "${CPU:=0}" "${DRY_RUN:=0}"
 : "${NNODES:=8}" "${GPUS_PER_NODE:=8}" "${TP:=1}" "${CP:=1}" "${ETP:=1}" "${PIPELINE_LAYOUT:=}"
+: "${MICROBATCH_GROUP:=$PP}"
 : "${SEQ_LEN:=4096}" "${VOCAB_SIZE:=129280}"
 : "${MODE:=mhc}" "${STREAMS:=4}" "${SINKHORN_ITERATIONS:=20}" "${MHC_INIT:=preserve}" "${MHC_BACKEND:=auto}"
 : "${PIPELINE_COMM:=auto}" "${MONITOR_INTERVAL:=100}"
@@ -44,7 +45,7 @@ source "$EXAMPLES/models/$SIZE.sh"
 : "${PRETRAIN_SCRIPT:=${MEGATRON:+$MEGATRON/pretrain_gpt.py}}"
 
 for name in NNODES GPUS_PER_NODE TP CP PP VPP EP ETP MICRO_BATCH GLOBAL_BATCH SEQ_LEN NUM_LAYERS TRAIN_STEPS VOCAB_SIZE \
-    STREAMS SINKHORN_ITERATIONS SAVE_INTERVAL LOG_INTERVAL EVAL_INTERVAL TIMEOUT_MINUTES; do
+    MICROBATCH_GROUP STREAMS SINKHORN_ITERATIONS SAVE_INTERVAL LOG_INTERVAL EVAL_INTERVAL TIMEOUT_MINUTES; do
     whole "$name" 1
 done
 whole EVAL_ITERS 0
@@ -95,6 +96,14 @@ if ((VPP > 1)); then
     ((PP > 1)) || fail "VPP=$VPP needs a pipeline: set PP to 2 or more, or VPP=1"
     ((microbatches % PP == 0)) ||
         fail "VPP=$VPP needs a number of microbatches that is a multiple of PP=$PP; GLOBAL_BATCH=$GLOBAL_BATCH makes $microbatches"
+    rest=$((microbatches % MICROBATCH_GROUP))
+    ((MICROBATCH_GROUP >= PP && MICROBATCH_GROUP <= microbatches && (rest == 0 || rest >= PP))) ||
+        fail "MICROBATCH_GROUP=$MICROBATCH_GROUP must be from PP=$PP to the $microbatches microbatches, and must not leave a last" \
+            "group of fewer than PP"
+    # Groups larger than PP leave transfers of the warm-up time, which this flag then uses.
+    ((MICROBATCH_GROUP == PP)) || PIPELINE+=(
+        --microbatch-group-size-per-virtual-pipeline-stage "$MICROBATCH_GROUP" --overlap-p2p-communication-warmup-flush
+    )
 fi
 
 # --- Data and tokenizer ------------------------------------------------------------------------------------------------

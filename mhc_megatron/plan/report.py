@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from mhc_megatron.plan.advice import changes, fitting
+from mhc_megatron.plan.advice import changes, fitting, highest_peak
 from mhc_megatron.plan.block_length import choose_block_length
 from mhc_megatron.plan.gpus import Gpu
+from mhc_megatron.plan.groups import larger_groups
 from mhc_megatron.plan.memory import WORKSPACES, stage_memory, variant
 from mhc_megatron.plan.parameters import active_count, model_count
 from mhc_megatron.plan.peak import run_order
@@ -60,10 +61,31 @@ def plan(
     if run.stages > 1:
         result["boundary"] = boundary_bytes(run if run.mhc is not None else variant(run, "mhc"))
         result["pipeline"] = simulated(run, gpu, utilization, links)
+        result["larger_groups"] = _larger_groups(run, gpu, utilization, links, room)
     return result
 
 
-def simulated(run: Run, gpu: Gpu, utilization: float, links: Sequence[float]) -> list[dict[str, Any]]:
+def _larger_groups(
+    run: Run, gpu: Gpu, utilization: float, links: Sequence[float], room: float
+) -> dict[str, Any] | None:
+    """The groups of microbatches that fit and expose least on the slowest link; the smallest ones, if none fit."""
+    candidates = [(*larger, highest_peak(larger[1])) for larger in larger_groups(run)]
+    if not candidates:
+        return None
+    kind = run.mhc.pipeline_comm if run.mhc is not None and run.mhc.pipeline_comm in KINDS else "wide"
+
+    def exposed(candidate: tuple[str, Run, float]) -> float:
+        (row,) = simulated(candidate[1], gpu, utilization, [min(links)], [kind])
+        return row["exposed"]
+
+    fit = [candidate for candidate in candidates if candidate[2] <= room]
+    arguments, changed, peak = min(fit, key=exposed) if fit else candidates[0]
+    return {"arguments": arguments, "peak": peak, "pipeline": simulated(changed, gpu, utilization, links)}
+
+
+def simulated(
+    run: Run, gpu: Gpu, utilization: float, links: Sequence[float], kinds: Sequence[str] = KINDS
+) -> list[dict[str, Any]]:
     """A simulated step of the run's pipeline with each kind of communication, at some link speeds."""
     chunks = run.chunks()
     times = [[chunk_seconds(run, chunk, gpu, utilization) for chunk in stage] for stage in chunks]
@@ -73,7 +95,7 @@ def simulated(run: Run, gpu: Gpu, utilization: float, links: Sequence[float]) ->
     order = run_order(run)
     rows = []
     for bandwidth in links:
-        for kind in KINDS:
+        for kind in kinds:
             hidden = boundary_bytes(run)["residual"]
             crossing = exchange(kind, hidden, wide.streams, run.residual_tokens)
             schedule = Schedule(

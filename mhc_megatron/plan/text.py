@@ -101,14 +101,18 @@ def _pipeline(plan: dict[str, Any]) -> list[str]:
         f"A pipeline boundary, one microbatch and direction: residual {mib['residual']:.1f} MiB, wide {mib['wide']:.1f}, where "
         f"split {mib['split']:.1f} + {mib['split_side']:.1f} of streams apart.",
         "Simulated step, and how much of its communication is exposed (ms):",
-        "link GB/s" + "".join(f"{kind:>22}" for kind in _kinds(plan)),
+        *_simulated(plan["pipeline"]),
     ]
-    for link in dict.fromkeys(row["link"] for row in plan["pipeline"]):
-        rows = [row for row in plan["pipeline"] if row["link"] == link]
-        cells = "".join(f"{row['step'] * 1e3:12.1f} ({row['exposed'] * 1e3:7.1f})" for row in rows)
-        lines.append(f"{link / 1e9:9.0f}{cells}")
+    if larger := plan.get("larger_groups"):
+        peaks = f"peak {larger['peak'] / GIB:.1f} GiB instead of {plan['peak'] / GIB:.1f}"
+        lines += [f"With {larger['arguments']} ({peaks}):", *_simulated(larger["pipeline"])]
     return lines
 
 
-def _kinds(plan: dict[str, Any]) -> list[str]:
-    return list(dict.fromkeys(row["kind"] for row in plan["pipeline"]))
+def _simulated(rows: list[dict[str, Any]]) -> list[str]:
+    lines = ["link GB/s" + "".join(f"{kind:>22}" for kind in dict.fromkeys(row["kind"] for row in rows))]
+    for link in dict.fromkeys(row["link"] for row in rows):
+        own = [row for row in rows if row["link"] == link]
+        cells = "".join(f"{row['step'] * 1e3:12.1f} ({row['exposed'] * 1e3:7.1f})" for row in own)
+        lines.append(f"{link / 1e9:9.0f}{cells}")
+    return lines

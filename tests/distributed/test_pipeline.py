@@ -43,6 +43,14 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
         {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2},
         {"overlap_p2p_comm": True, "batch_p2p_comm": False, "overlap_p2p_comm_warmup_flush": True},
     ),
+    "pp2-vpp2-groups": (
+        2,
+        {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2},
+        {
+            **{"overlap_p2p_comm": True, "batch_p2p_comm": False, "overlap_p2p_comm_warmup_flush": True},
+            "microbatch_group_size_per_vp_stage": 3,
+        },
+    ),
 }
 
 
@@ -68,9 +76,11 @@ def many_steps(settings: dict[str, Any], folder: Path) -> None:
     settings = {**settings, "deallocate_pipeline_outputs": True}
     (wide, wide_config), (split, split_config) = (chunks_of(settings, comm) for comm in ("wide", "split"))
     stages = parallel_state.get_pipeline_model_parallel_world_size()
+    group = wide_config.microbatch_group_size_per_vp_stage if len(wide) > 1 else 1
+    counts = [m for m in range(group, max(8, 4 * group)) if not 0 < m % group < stages]
     draw = random.Random(0)
     for _ in range(STEPS):
-        microbatches = range(stages * draw.randint(1, 3)) if len(wide) > 1 else range(draw.randint(1, 7))
+        microbatches = range(draw.choice(counts))
         forward_only = draw.random() < 0.25
         expected, losses = (
             models.step(chunks, config, microbatches, forward_only)

@@ -80,6 +80,16 @@ def test_dry_run_fails_on_what_megatron_refuses() -> None:
     assert done.stderr == "check: FAILED: unrecognized arguments: --no-such-flag 3\n"
 
 
+def test_larger_groups() -> None:
+    """Megatron accepts them, and they fit."""
+    done = launch("27b", DRY_RUN=1, MOCK_DATA=1, MICROBATCH_GROUP=5)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "accepts these arguments on 64 GPUs" in done.stdout
+    given = flags(done.stdout, "torchrun.sh")
+    assert given["--microbatch-group-size-per-virtual-pipeline-stage"] == "5"
+    assert "--overlap-p2p-communication-warmup-flush" in given
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -98,6 +108,8 @@ def test_dry_run_fails_on_what_megatron_refuses() -> None:
             {"GLOBAL_BATCH": "96"},
             "VPP=4 needs a number of microbatches that is a multiple of PP=4; GLOBAL_BATCH=96 makes 3",
         ),
+        ({"MICROBATCH_GROUP": "3"}, "MICROBATCH_GROUP=3 must be from PP=4 to the 40 microbatches"),
+        ({"MICROBATCH_GROUP": "6", "GLOBAL_BATCH": "256"}, "must not leave a last group of fewer than PP"),
         ({"MOCK_DATA": "0"}, "DATA_PATH is not set"),
         ({"MOCK_DATA": "0", "DATA_PATH": "/no/text"}, "DATA_PATH: /no/text.bin does not exist"),
         ({"MOCK_DATA": "0", "DATA_PATH": "0.5 /no/a 0.5 /no/b"}, "DATA_PATH: /no/a.bin does not exist"),

@@ -286,6 +286,11 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert plan["layout"]["microbatches"] == 8
     exposed = {row["kind"]: row["exposed"] for row in plan["pipeline"]}
     assert 0 < exposed["split"] < exposed["wide"] < exposed["wide-stock"]
+    larger = plan["larger_groups"]
+    assert f"With {larger['arguments']} (peak" in text
+    assert larger["peak"] > plan["peak"]
+    with_groups = {row["kind"]: row["exposed"] for row in larger["pipeline"]}
+    assert with_groups["wide"] < exposed["wide"] / 2
     for stage in plan["stages"]:
         modes = stage["modes"]
         assert modes["residual"]["total"] < modes["recompute"]["total"] < modes["mhc"]["total"]
