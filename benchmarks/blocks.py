@@ -8,7 +8,11 @@ from typing import Any
 import torch
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
-from megatron.core.parallel_state import is_pipeline_first_stage, is_pipeline_last_stage
+from megatron.core.parallel_state import (
+    get_expert_model_parallel_world_size,
+    is_pipeline_first_stage,
+    is_pipeline_last_stage,
+)
 from megatron.core.transformer import MLATransformerConfig, TransformerConfig
 from megatron.core.transformer.module import Float16Module
 
@@ -111,7 +115,8 @@ PIPELINE_KINDS: dict[str, MHCConfig | None] = {
 
 def build(shape: str, kind: str, layers: int, sequence: int, tiny: bool, padded: bool = False) -> torch.nn.Module:
     """A GPTModel of one of SHAPES: Transformer Engine in bf16, or tiny, local and float32."""
-    config = _config(shape, layers, tiny, PADDED if padded else {})
+    experts = get_expert_model_parallel_world_size()
+    config = _config(shape, layers, tiny, {**(PADDED if padded else {}), "expert_model_parallel_size": experts})
     return _model(config, KINDS[kind], sequence, tiny)
 
 

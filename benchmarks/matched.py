@@ -39,7 +39,7 @@ def recorded(profiler: Any) -> Rank:
         span = (event.start_ns() / 1e6, (event.start_ns() + event.duration_ns()) / 1e6)
         if "nccl" in event.name().lower():
             transfers[event.device_resource_id()].append(span)
-        else:
+        elif "DtoD" not in event.name():  # the local copies that stand for transfers
             others.append(span)
     return Rank({stream: sorted(spans) for stream, spans in transfers.items()}, union(others))
 
@@ -53,6 +53,20 @@ def union(spans: list[Span]) -> list[Span]:
         else:
             found.append((start, end))
     return found
+
+
+def slowed(rank: Rank, alone: Rank) -> str:
+    """A step with transfers against one without: is it longer because computation waits, or because it is slower?"""
+    (step, computing), (step_alone, computing_alone) = map(_lengths, (rank, alone))
+    return (
+        f"computes {computing:.1f} ms, {computing_alone:.1f} without transfers ({computing - computing_alone:+.1f}); "
+        f"not in {step - computing:.1f}, {step_alone - computing_alone:.1f} ms"
+    )
+
+
+def _lengths(rank: Rank) -> tuple[float, float]:
+    """ms from the first computation to the last, and of that in which something computed."""
+    return rank.computing[-1][1] - rank.computing[0][0], sum(end - start for start, end in rank.computing)
 
 
 def match(first: Rank, second: Rank) -> dict[int, list[Moved]]:

@@ -2,6 +2,7 @@
 
     python benchmarks/overhead.py [--shape 27b|dense|v3] [--tokens 16384] [--layers N ...] [--kinds residual,mhc,...]
                                   [--profile] [--json FILE]
+    torchrun --nproc-per-node 2 benchmarks/overhead.py ...
 
 Forward + backward of one microbatch on one GPU, Transformer Engine, bf16, no optimizer. All kinds are built in one process and
 take turns, step by step, in random order (a GPU runs faster after a step that heats it less): medians, and the quartiles
@@ -9,6 +10,9 @@ beside them. "over" is the median, over the turns, of a step's time over that of
 the time over that without as well. With --padded experts have one capacity: the host waits for no counts of tokens, and the
 GPU seldom for the host. Memory is the peak of a step above what is allocated before it (gradients of the parameters included).
 With several --layers, the memory that a layer adds is the slope between the first and the last.
+
+Under torchrun the experts are divided among the GPUs, each of which has tokens of its own; the numbers are rank 0's. --profile
+then also gives the time of the communication, and how much of it ran while a kernel of mHC did.
 """
 
 from __future__ import annotations
@@ -106,7 +110,7 @@ def measure(options: argparse.Namespace, layers: int) -> dict[str, dict[str, Any
         for _ in range(2):
             step()
         results[kind]["peak_gib"] = step.peak_gib()
-    order, shuffle = list(steps.values()), random.Random(0)
+    order, shuffle = list(steps.values()), random.Random(0)  # the same order on all ranks
     gc.disable()  # as Megatron's --manual-gc; else one kind or another pays for all of them
     for _ in range(options.steps):
         shuffle.shuffle(order)
@@ -136,14 +140,31 @@ def kernels(step: Step) -> dict[str, Any]:
             table[event.name][0] += event.device_time / 1e3
             table[event.name][1] += 1
     own = {name: entry for name, entry in table.items() if name in _own_kernels()}
+    communication, beside = _communication(profiler, set(own))
     longest = sorted(table.items(), key=lambda item: -item[1][0])[:20]
     return {
         "launches": int(sum(count for _, count in table.values())),
         "kernels_ms": sum(ms for ms, _ in table.values()),
+        "communication_ms": communication,
+        "communication_beside_mhc_ms": beside,
         "mhc_kernels_ms": sum(ms for ms, _ in own.values()),
         "mhc_kernels": dict(sorted(own.items(), key=lambda item: -item[1][0])),
         "longest": dict(longest),
     }
+
+
+def _communication(profiler: Any, own: set[str]) -> tuple[float, float]:
+    """ms in which NCCL's kernels ran, and of that in which a kernel of mHC did as well."""
+    from matched import union
+
+    spans: dict[bool, list[tuple[float, float]]] = {True: [], False: []}
+    for event in profiler.profiler.kineto_results.events():
+        if "CUDA" in str(event.device_type()) and (event.name() in own or "nccl" in event.name().lower()):
+            start = event.start_ns() / 1e6
+            spans[event.name() in own].append((start, start + event.duration_ns() / 1e6))
+    ours, theirs = union(spans[True]), union(spans[False])
+    beside = sum(max(0.0, min(a[1], b[1]) - max(a[0], b[0])) for a in ours for b in theirs)
+    return sum(end - start for start, end in theirs), beside
 
 
 def _own_kernels() -> set[str]:
@@ -172,7 +193,8 @@ def show(options: argparse.Namespace, layers: int, results: dict[str, dict[str, 
             print(f"{kind} over mhc: {r['over_mhc'] * 100:+.2f}%")
         if "launches" in r:
             print(
-                f"{kind}: {r['launches']} launches, kernels {r['kernels_ms']:.2f} ms, mHC's {r['mhc_kernels_ms']:.2f}"
+                f"{kind}: {r['launches']} launches, kernels {r['kernels_ms']:.2f} ms, mHC's {r['mhc_kernels_ms']:.2f}; "
+                f"communication {r['communication_ms']:.2f} ms, {r['communication_beside_mhc_ms']:.2f} of it beside mHC's kernels"
             )
             named = r["longest"] | r["mhc_kernels"]
             for name, (ms, count) in sorted(named.items(), key=lambda item: -item[1][0]):
@@ -180,7 +202,7 @@ def show(options: argparse.Namespace, layers: int, results: dict[str, dict[str, 
 
 
 def start_megatron(tiny: bool) -> None:
-    """Megatron's process groups for this process; on a CPU only if tiny."""
+    """Megatron's process groups, with the experts divided among all processes; on a CPU only if tiny."""
     if not torch.cuda.is_available():
         if not tiny:
             raise SystemExit("this benchmark needs a GPU; --tiny runs it on the CPU, to try it")
@@ -192,8 +214,10 @@ def start_megatron(tiny: bool) -> None:
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     torch.distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
-    parallel_state.initialize_model_parallel()
+    parallel_state.initialize_model_parallel(expert_model_parallel_size=torch.distributed.get_world_size())
     model_parallel_cuda_manual_seed(0)
 
 
@@ -215,21 +239,25 @@ def main(arguments: list[str] | None = None) -> None:
     start_megatron(options.tiny)
     from blocks import LAYERS
 
+    first_rank = torch.distributed.get_rank() == 0
+
     counts = options.layers or [LAYERS[options.shape]]
     everything: dict[int, dict[str, dict[str, Any]]] = {}
     for layers in counts:
         everything[layers] = measure(options, layers)
-        show(options, layers, everything[layers])
+        if first_rank:
+            show(options, layers, everything[layers])
         gc.collect()
-    if len(counts) > 1:
+    if len(counts) > 1 and first_rank:
         first, last = counts[0], counts[-1]
         print("GiB that a layer adds to the peak:")
         for kind in options.kinds:
             slope = (everything[last][kind]["peak_gib"] - everything[first][kind]["peak_gib"]) / (last - first)
             print(f"    {kind:10s} {slope:.3f}")
-    if options.json:
+    if options.json and first_rank:
         device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
         settings = {**vars(options), "json": str(options.json), "device": device, "torch": torch.__version__}
+        settings["gpus"] = torch.distributed.get_world_size()
         options.json.write_text(json.dumps({"settings": settings, "results": everything}, indent=1))
     torch.distributed.destroy_process_group()
 

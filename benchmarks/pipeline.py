@@ -270,18 +270,22 @@ def _time(runs: list[Run], results: dict[str, dict[str, Any]], vpp: int, options
 
 
 def _trace(run: Run, picture: Path) -> None:
-    from matched import describe, recorded
+    from matched import describe, recorded, slowed
     from timeline import draw
     from torch.profiler import ProfilerActivity, profile
 
-    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
-        run()
-    ranks: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(ranks, recorded(profiler))
+    seen: list[list[Any]] = []
+    for local in (True, False):
+        with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+            run(local)
+        seen.append([None] * dist.get_world_size())
+        dist.all_gather_object(seen[-1], recorded(profiler))
     if dist.get_rank() == 0:
         busy = draw(profiler, picture, f"{run.name}, rank 0")
         print(f"{run.name}: rank 0 computes {busy:.0%} of a step (while a profiler watches)")
-        print(describe(*ranks[:2]), flush=True)
+        for rank, (alone, own) in enumerate(zip(*seen, strict=True)):
+            print(f"    rank {rank} {slowed(own, alone)}")
+        print(describe(*seen[1][:2]), flush=True)
 
 
 def show(stages: int, vpp: int, results: dict[str, dict[str, Any]], speed: float, how: str) -> None:
@@ -344,7 +348,9 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true", help="small sizes on the CPU, with gloo: to try the benchmark")
     parser.add_argument("--json", type=Path)
     parser.add_argument(
-        "--timeline", type=Path, help="a picture a kind, of one step, and how much of it the GPU computes"
+        "--timeline",
+        type=Path,
+        help="a picture a kind, of one step; how long the GPU computes in it, and how long without the transfers",
     )
     options = parser.parse_args()
     if wrong := _check_kinds(options.kinds):

@@ -44,6 +44,14 @@ def test_overhead(tmp_path: Path) -> None:
     assert "GiB that a layer adds" in output
 
 
+def test_overhead_with_the_experts_divided(tmp_path: Path) -> None:
+    results = tmp_path / "results.json"
+    arguments = "--tokens 64 --sequence 32 --layers 2 --steps 2 --kinds residual,mhc"
+    output = run("overhead.py", arguments, results, processes=2)
+    assert json.loads(results.read_text())["settings"]["gpus"] == 2
+    assert output.count("27b, 2 layers") == 1
+
+
 def test_monitor(tmp_path: Path) -> None:
     results = tmp_path / "results.json"
     output = run("monitor.py", "--tokens 64 --sequence 32 --layers 2 --steps 2 --interval 50", results)
@@ -84,7 +92,7 @@ def test_pipeline_is_timed_as_users_run_it() -> None:
 def test_transfers_are_matched(monkeypatch: pytest.MonkeyPatch) -> None:
     """Data moves from when the later end is there; what one rank computes beside counts once."""
     monkeypatch.syspath_prepend(str(BENCHMARKS))
-    from matched import Moved, Rank, describe, match, union
+    from matched import Moved, Rank, describe, match, slowed, union
 
     assert union([(3.0, 4.0), (0.0, 1.0), (0.5, 2.0)]) == [(0.0, 2.0), (3.0, 4.0)]
     first = Rank({7: [(0.0, 10.0), (20.0, 24.0)], 8: [(0.0, 1.0)]}, [(0.0, 7.0)])
@@ -93,6 +101,7 @@ def test_transfers_are_matched(monkeypatch: pytest.MonkeyPatch) -> None:
     assert describe(first, second) == (
         "    stream 7: 2 transfers, moving 4.00 ms (4.00 to 4.00), 38% of that beside computation; waiting 4.00, 8 in all"
     )
+    assert slowed(second, first) == "computes 4.0 ms, 7.0 without transfers (-3.0); not in 13.0, 0.0 ms"
 
 
 @pytest.mark.parametrize(
