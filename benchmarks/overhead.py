@@ -256,7 +256,7 @@ def main(arguments: list[str] | None = None) -> None:
             print(f"    {kind:10s} {slope:.3f}")
     if options.json and first_rank:
         device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-        settings = {**vars(options), "json": str(options.json), "device": device, "torch": torch.__version__}
+        settings = {**vars(options), "json": options.json.name, "device": device, "torch": torch.__version__}
         settings["gpus"] = torch.distributed.get_world_size()
         options.json.write_text(json.dumps({"settings": settings, "results": everything}, indent=1))
     torch.distributed.destroy_process_group()
