@@ -59,7 +59,7 @@ class StreamsCommunicator(P2PCommunicator):
             config.overlap_moe_expert_parallel_comm,
             p2p_communicator=self,
         )
-        return plan(
+        planned = plan(
             Rank(
                 self.pp_group.rank(),
                 self.pp_group.size(),
@@ -72,6 +72,7 @@ class StreamsCommunicator(P2PCommunicator):
                 forward_only,
             )
         )
+        return planned if state.announces else planned._replace(late=None)
 
     def _communicate(
         self,

@@ -35,7 +35,8 @@ class Plan(NamedTuple):
     """Of one rank and schedule.
 
     early: how many passes' streams leave before the schedule's own tensor, the first ones; None: all of them. ahead: how many
-    receives, the first ones, may be posted before the schedule's own. Whether it is split, in order (None: all of them): sends,
+    receives, the first ones, may be posted before the schedule's own; from the one after receive number late on, they are posted
+    when the backward pass between is nearly over (None: all at once). Whether it is split, in order (None: all of them): sends,
     receives: of activations; gradients: that are received; returns: that are sent.
     """
 
@@ -45,6 +46,7 @@ class Plan(NamedTuple):
     receives: tuple[bool, ...] | None = None
     gradients: tuple[bool, ...] | None = None
     returns: tuple[bool, ...] | None = None
+    late: int | None = None
 
 
 def unknown(ring: bool, last: bool) -> Plan:
@@ -61,7 +63,8 @@ def plan(rank: Rank) -> Plan:
     gradients = tuple(m in split for m, chunk in rank.table if not (last and chunk == 0))
     returns = tuple(m in split for m, chunk in rank.table if not (first and chunk == final))
     if not ring:
-        return Plan(None, len(receives), sends, receives, gradients, returns)
+        late = None if rank.forward_only else rank.warm_up
+        return Plan(None, len(receives), sends, receives, gradients, returns, late)
     warm_up = 0 if rank.flush else rank.warm_up
     ahead = 0 if first or rank.flush else min(len(receives), warm_up + 1)
     return Plan(warm_up if last else None, ahead, sends, receives, gradients, returns)

@@ -6,7 +6,8 @@ multiprocessors from the computation.
 
 Streams leave before the chunk's last sublayer runs, and a receive of them is posted one transfer ahead of the schedule's own:
 the schedule posts a receive only after the pass that precedes it, and the streams would start no earlier than what follows
-them. This holds one tensor more.
+them. This holds one tensor more. Where a backward pass is between, the receive is posted when that comes to the chunk's first
+layer (`split.announce`): until the streams are sent, NCCL's kernel would take multiprocessors from it for nothing.
 
 **Waiting for the whole GPU.** Much may do so in the middle of a pass: CUDA where it loads a kernel, at its first launch (a
 MoE's tokens may ask for another matrix product at any step); PyTorch's allocator where memory is short; a timer. So nothing
@@ -39,6 +40,8 @@ class SideChannel:
         self.links, self._plan = links, plan
         self._passes = self._receives = self._gradient_receives = 0
         self._ahead: Arrival | None = None
+        self._late: Tensor | None = None
+        """For what is to be received ahead, but not yet."""
         self._leaving: deque[Tensor | None] = deque()
         """Of split passes whose result the schedule has not sent yet: the streams; None if they have left."""
         self._gradients: deque[Tensor] = deque()
@@ -76,21 +79,31 @@ class SideChannel:
 
     def buffers(self, shape: tuple[int, ...], dtype: torch.dtype) -> list[Tensor]:
         """For what `receive_streams` and then `receive_ahead` post."""
-        now = self.splits_receive() and self._ahead is None
+        now = self.splits_receive() and self._ahead is None and self._late is None
         later = self._receives + 1
         ahead = later < self._plan.ahead and _at(self._plan.receives, later)
         return [self.links.buffer(shape, dtype) for _ in range(now + ahead)]
 
     def receive_streams(self, buffers: list[Tensor]) -> Arrival:
         """Receive the previous stage's, before the schedule's own tensor."""
+        self.post_ahead()
         arrival, self._ahead = self._ahead, None
         return self.links.receive(FORWARD, buffers.pop(0)) if arrival is None else arrival
 
     def receive_ahead(self, buffers: list[Tensor]) -> None:
-        """After the schedule's own tensor, whether that is split or not: post what may be posted ahead."""
+        """After the schedule's own tensor, whether that is split or not: post what may be posted ahead, or note it for
+        `post_ahead`."""
         self._receives += 1
         if buffers:
-            self._ahead = self.links.receive(FORWARD, buffers.pop())
+            self._late = buffers.pop()
+            if self._plan.late is None or self._receives <= self._plan.late:
+                self.post_ahead()
+
+    def post_ahead(self) -> None:
+        """Post the receive that was noted, if there is one."""
+        buffer, self._late = self._late, None
+        if buffer is not None:
+            self._ahead = self.links.receive(FORWARD, buffer)
 
     def queue_gradient(self, tensor: Tensor) -> None:
         """Hand over the streams' gradient; it leaves after the schedule has sent y's: `send_gradient`."""

@@ -138,6 +138,17 @@ def depart_with(state: PipelineState, streams: Tensor, post: Tensor) -> tuple[Te
     return _Depart.apply(streams, post, departure), departure
 
 
+def announce(state: PipelineState, hidden: Tensor) -> None:
+    """Have the receive of the next streams posted when the backward has the gradient of these (`side_channel`).
+
+    Args:
+        hidden: the streams that enter a chunk's second layer.
+    """
+    channel = state.channel
+    if channel is not None and hidden.requires_grad and torch.is_grad_enabled():
+        hidden.register_hook(lambda gradient: channel.post_ahead())
+
+
 def pack(y: Tensor, bias: Tensor | None, dropout_p: float, post: Tensor, departure: Departure) -> Tensor:
     """``[dropout(y + bias) | post]``, in the streams' dtype: the chunk's output, for the schedule to send."""
     if bias is not None:

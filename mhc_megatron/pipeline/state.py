@@ -31,13 +31,15 @@ class PipelineState:
 
     num_streams: n. split: whether streams travel apart from the last sublayer's output. links: whether transfers go over links
     of their own (`pipeline.links`) instead of Megatron's. channel: what split streams travel on; the schedule's communicator sets
-    it. running: the schedule that is, if that is known.
+    it. running: the schedule that is, if that is known. announces: whether chunks tell when their backward comes to their first
+    layer (those of one layer don't).
     """
 
     def __init__(self, num_streams: int, split: bool, links: bool = True):
         self.num_streams, self.split, self.links = num_streams, split, links
         self.channel: SideChannel | None = None
         self.running: Running | None = None
+        self.announces = False
 
     def __deepcopy__(self, memo: dict) -> PipelineState:
         return self  # process groups can't be copied, and a copied config is of the same pipeline

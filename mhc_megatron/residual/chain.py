@@ -72,10 +72,10 @@ def _version(hidden: Tensor) -> int:
 
 
 class ChainLength:
-    """How many sublayers follow each other without a cut."""
+    """How many sublayers, and layers, follow each other without a cut."""
 
     def __init__(self) -> None:
-        self.sublayers = 0
+        self.sublayers = self.layers = 0
 
 
 class Chain:
@@ -91,8 +91,8 @@ class Chain:
         self._place: tuple[int, int] | None = None
         self._length = ChainLength()
 
-    def extend(self, config: Any, layer_number: int, inputs: list[Any]) -> None:
-        """Link the mHC inputs of one layer to each other and to the previous layer's last one."""
+    def extend(self, config: Any, layer_number: int, inputs: list[Any]) -> ChainLength:
+        """Link the mHC inputs of one layer to each other and to the previous layer's last one. Returns the chain so far."""
         before: Any = None
         if self._last is not None and self._place == (id(config), layer_number - 1):
             before = self._last()
@@ -108,6 +108,8 @@ class Chain:
             before = reader
         self._last = weakref.ref(before) if before is not None else None
         self._place = (id(config), layer_number)
+        self._length.layers += bool(inputs)
+        return self._length
 
 
 CHAIN = Chain()

@@ -10,7 +10,7 @@ from torch import Tensor
 from mhc_kernels import RecomputePlace, RMSNorm, recompute
 from mhc_kernels.norm import FUSED_NORM_STREAMS
 from mhc_megatron.config import MHCConfig
-from mhc_megatron.pipeline.split import arrive, depart, departs
+from mhc_megatron.pipeline.split import announce, arrive, depart, departs
 from mhc_megatron.pipeline.state import share_pipeline
 from mhc_megatron.residual.backend import check_backend
 from mhc_megatron.residual.chain import ChainLength, take
@@ -45,11 +45,13 @@ class HyperConnectionInput(NormWrapper):
         triton = check_backend(mhc_config, config, hidden_size, plain_rms_norm(self.norm))
         self._microbatch_group = getattr(config, "microbatch_group_size_per_vp_stage", None)
         self._recomputes, self._planned_length = recomputes(mhc_config, config, triton), planned_length(config)
-        self._pipeline, self._departs = share_pipeline(config, mhc_config), False
+        self._pipeline, self._departs, self._announces = share_pipeline(config, mhc_config), False, False
 
     def forward(self, hidden: Tensor) -> tuple[Tensor, Residual]:
         if hidden.shape[-1] != self.num_streams * self.hidden_size:
             hidden = arrive(hidden, self._pipeline, self.hyper_connection.mhc_config.backend)
+        elif self._announces:
+            announce(self._pipeline, hidden)
         prepared = take(hidden, self)
         if prepared is None:
             norm = self.fused_norm(hidden)
@@ -99,6 +101,10 @@ class HyperConnectionInput(NormWrapper):
     def set_departure(self) -> None:
         """Tell it that the streams after this sublayer go to another pipeline stage, by transfers that may be split."""
         self._departs = True
+
+    def set_announcing(self) -> None:
+        """Tell it that it is the first one of its chunk's second layer, in a pipeline with split transfers."""
+        self._announces = self._pipeline.announces = True
 
     def set_chain(self, length: ChainLength) -> None:
         """Tell it of the chain that it is in (which may still grow)."""

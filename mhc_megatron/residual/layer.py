@@ -38,11 +38,13 @@ class HyperConnectionLayer:
             if isinstance(norm, NormWrapper):
                 norm.tp_group = layer.tp_group
         inputs = [m for m in (layer.input_layernorm, layer.pre_mlp_layernorm) if isinstance(m, HyperConnectionInput)]
-        CHAIN.extend(config, layer.layer_number, inputs)
+        chain = CHAIN.extend(config, layer.layer_number, inputs)
         vp_stage = kwargs.get("vp_stage")
         splits = share_pipeline(config, mhc_config).split
         if inputs and splits and _ends_chunk(layer, vp_stage) and sends_on(layer, vp_stage):
             inputs[-1].set_departure()
+        if inputs and splits and chain.layers == 2:
+            inputs[0].set_announcing()
         self.is_entry = layer.layer_number == 1
         self.is_exit = contract_after_last and layer.layer_number == config.num_layers
         if contract_after_last:

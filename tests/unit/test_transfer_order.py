@@ -126,6 +126,9 @@ class _Pass(torch.autograd.Function):
         if hasattr(gradient, split._ARRIVAL):
             getattr(gradient, split._ARRIVAL).wait()
         chunk.events.append(Event("compute"))
+        if channel is not None:
+            channel.post_ahead()  # as a second layer has it done
+        chunk.events.append(Event("compute"))  # the first layer
         if channel is not None and not chunk.first and ctx.form[-1] == NARROW:
             of_streams: Any = torch.zeros(1, 1, WIDE)
             of_streams.at = chunk.recorder.at
@@ -179,6 +182,7 @@ def record(shape: Shape, rank: int, monkeypatch: pytest.MonkeyPatch) -> list[Eve
         deallocate_pipeline_outputs=True,
     )
     state = share_pipeline(config, MHCConfig(num_streams=STREAMS, pipeline_comm=shape.comm))
+    state.announces = True
     events: list[Event] = []
     recorder = Recorder(events, rank, shape.stages)
     monkeypatch.setattr(Links, "of", lambda group, wraps: recorder)
@@ -225,6 +229,7 @@ def record(shape: Shape, rank: int, monkeypatch: pytest.MonkeyPatch) -> list[Eve
             )
             assert getattr(state.channel, done) == expected, (shape, rank, planned)
         assert state.channel._ahead is None
+        assert state.channel._late is None
         for queue in (state.channel._leaving, state.channel._gradients):
             assert not queue
     return events
@@ -364,6 +369,22 @@ def test_when_streams_leave(recorded: Callable) -> None:
             sending = shape.chunks - (rank == shape.stages - 1)
             assert found == dict.fromkeys(split_ones, sending) if sending else not found, (shape, rank)
             assert len(sends) == sending * (shape.microbatches + len(split_ones))
+
+
+@pytest.mark.parametrize("stages", [2, 4])
+def test_when_receives_are_posted_ahead(stages: int, recorded: Callable) -> None:
+    """1F1B: those of the warm-up at once; the others in the middle of the backward pass before."""
+    for rank, events in enumerate(recorded(Shape(stages, 1, 9, None, False, False, False, "split"))):
+        streams = [
+            place
+            for place, event in enumerate(events)
+            if event.kind == "receive" and event.link[0] == FORWARD and event.width == WIDE
+        ]
+        at_once = [events[place - 1].kind == "receive" for place in streams[1:]]
+        warm_up = stages - 1 - rank
+        assert at_once == ([True] * warm_up + [False] * (8 - warm_up) if rank else [])
+        for place in streams[1 + warm_up :]:
+            assert [events[place + step].kind for step in (-1, 1)] == ["compute", "compute"]
 
 
 @pytest.mark.parametrize("waits", [False, True])
