@@ -171,7 +171,7 @@ def test_links_have_the_settings_of_the_pipeline_group() -> None:
     assert (options.config.max_ctas, options.is_high_priority_stream) == (4, True)
     assert settings["timeout"] == options._timeout == theirs._timeout
     assert (
-        _settings(_settings(dist.ProcessGroupNCCL.Options())["pg_options"])["pg_options"].config.max_ctas < 0
+        _settings(_settings(dist.ProcessGroupNCCL.Options())["pg_options"])["pg_options"].config.max_ctas == 8
     )  # unset
 
 
