@@ -359,7 +359,7 @@ def boundary(
         )
     functions = _functions()
     seed = functions.new_seed(x.device) if dropout_p > 0 else None
-    refill = None if torch.compiler.is_compiling() else refill_of(y, x)
+    refill = None if torch.compiler.is_compiling() else refill_of(y, x, post.shape[-1])
     if checked.casts:
         res, post, y, bias = res.float(), post.float(), y.to(x.dtype), _cast(bias, x)
         next_phi, next_alpha, next_bias = next_phi.float(), next_alpha.float(), next_bias.float()

@@ -32,6 +32,10 @@ class Refill:
         self.bytes, self.device = storage.nbytes(), u.device
         self.stream = torch.cuda.current_stream(u.device) if u.is_cuda else None
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """y may be copied or written to a file: there it has none."""
+        return type(None), ()
+
     def __call__(self, gradient: Tensor) -> None:
         storage = self._missing()
         if storage is None:
@@ -95,10 +99,10 @@ class Refill:
 def free_until_backward(u: Tensor, y: Tensor) -> bool:
     """Free u once its sublayer ``y = F(u)`` has run; before F's backward it is there again, with the same bits.
 
-    The backward computes u from its streams, which may themselves be computed again (`mhc_kernels.recompute`), where the gradient
-    of y comes in. So F's backward has to begin at y: what else F lets out must not have a gradient. Nobody may read u or a
-    view of it between this call and that; make a copy of what is to be looked at later. u is put back once: after a
-    backward with ``retain_graph=True`` it stays.
+    The backward computes u from its streams, which may themselves be computed again (`mhc_kernels.recompute`): in that of the
+    boundary after F, or where the gradient of y comes in. So F's backward has to begin at y: what else F lets out must not have a
+    gradient. Nobody may read u or a view of it between this call and that; make a copy of what is to be looked at later. u is
+    put back once: after a backward with ``retain_graph=True`` it stays.
 
     Args:
         u: ``[..., C]``, as `boundary` or `connect` returned it (Triton).
@@ -138,11 +142,17 @@ def free_until_backward(u: Tensor, y: Tensor) -> bool:
     return True
 
 
-def refill_of(y: Tensor, x: Tensor) -> Refill | None:
-    """What puts back the input of the sublayer that returned y, if streams x are what it was aggregated from."""
+def identify(streams: Tensor) -> tuple[int, int] | None:
+    """What tells whether a tensor has other values than now: its address and PyTorch's count of changes."""
+    return None if streams.is_inference() else (streams.data_ptr(), streams._version)
+
+
+def refill_of(y: Tensor, x: Tensor, n: int) -> Refill | None:
+    """What puts back the input of the sublayer that returned y, if x, of n streams, is what it was aggregated from."""
     refill: Refill | None = getattr(y, _ATTRIBUTE, None)
-    if refill is None:
+    source = None if refill is None else refill.source()
+    if source is None or not y.requires_grad:
         return None
     base = x if x._base is None or x._base.numel() != x.numel() else x._base  # x may be a view of them, [..., n, C]
-    source = refill.source()
-    return refill if source is not None and source in (x.grad_fn, base.grad_fn) else None
+    same = source in (x.grad_fn, base.grad_fn) and source.streams == identify(x) and source.call.n == n
+    return refill if same else None

@@ -46,8 +46,10 @@ def kernel_traffic(run: Run, chunks: list[Chunk], block_length: int | None) -> K
     for chunk in chunks:
         own = 2 * chunk.layers
         again = 0
-        if block_length:  # the backward computes streams, one mix each, and what each sublayer reads
-            again = (own - -(-own // block_length)) * (2 * n + 1) + own * (n + 1)
+        # The backward computes streams, one mix each, and writes what sublayers read where it has the streams; what the last
+        # sublayer reads has a pass of its own.
+        if block_length and own:
+            again = (own - -(-own // block_length)) * (2 * n + 1) + own + n
         moved += own * (8 * n + 6 if n <= 4 else 11 * n + 6) + again
         bound += own * (7 * n + 6) + again
         sublayers += own

@@ -59,7 +59,7 @@ class ForwardCall:
             self._scratch = _scratch(self._plan)
         self._device, self._streams, self._options = device, (shape, n, dtype, device), options
         self._backward: dict[tuple[bool, bool, bool, Read | None], BackwardCall] = {}
-        self.read = Read(options.gamma, options.centered)
+        self.n, self.read = n, Read(options.gamma, options.centered)
 
     def run(
         self, x: Tensor, res: Tensor | None, post: Tensor | None, y: Tensor | None, y_bias: Tensor | None, seed: Tensor | None,

@@ -15,7 +15,7 @@ from mhc_kernels.fused.boundary import ForwardOptions as ForwardOptions
 from mhc_kernels.fused.boundary import forward_call as forward_call
 from mhc_kernels.fused.library import observed
 from mhc_kernels.recompute_block import RecomputePlace, saved_tensors_are_hooked
-from mhc_kernels.recompute_input import Refill
+from mhc_kernels.recompute_input import Refill, identify
 
 
 class Settings(NamedTuple):
@@ -83,7 +83,8 @@ class Setup(NamedTuple):
 class Boundary(torch.autograd.Function):
     """``(x, res, post, y, y_bias, ...) -> (x', u, post', res')``: see `mhc_kernels.boundary`.
 
-    The node's ``aggregated`` gives what u was computed from, for `recompute_input`; None: it can't.
+    The node's ``aggregated`` gives what u was computed from, for `recompute_input`; None: it can't. ``streams`` identifies the
+    streams that u was aggregated from (`recompute_input.identify`).
     """
 
     @staticmethod
@@ -102,8 +103,9 @@ class Boundary(torch.autograd.Function):
             out, u, _, post_out, res_out, kept = call.run(x, res, post, y, y_bias, seed, phi, alpha, bias, gamma)
         if recompute is not None and any(ctx.needs_input_grad):  # else there will be no node
             recompute.enter(ctx, x, out)
-        ctx.recompute, ctx.unpacked, ctx.call, ctx.refill = recompute, None, call, refill
-        ctx.aggregated = None if call is None or saved_tensors_are_hooked() else _aggregated_by_boundary
+        hooked = call is None or saved_tensors_are_hooked()  # what is saved may come back as something else
+        ctx.recompute, ctx.unpacked, ctx.call, ctx.refill = recompute, None, call, None if hooked else refill
+        ctx.aggregated, ctx.streams = (None, None) if hooked else (_aggregated_by_boundary, identify(out))
         kept_x = x if recompute is None or recompute.is_first else None
         kept_out = out if recompute is None or recompute.is_last else None
         own_phi = phi if accumulate else None  # kept has its values
@@ -123,7 +125,7 @@ class Boundary(torch.autograd.Function):
                 x = ctx.recompute.streams(_mix_again)
             dx, dy, dres_in, dpost_in, dgamma, dphi, dalpha, dbias = _boundary_backward(
                 ctx, g, du, None, dpost, dres, x, res, post, y, y_bias, seed, out, None, kept, phi, alpha, bias, gamma,
-                ctx.refill,
+                None if ctx.refill is None or not torch._C._will_engine_execute_node(ctx.next_functions[3][0]) else ctx.refill,
             )  # fmt: skip
         finally:
             ctx.unpacked = None  # it may hold what this node has made
@@ -182,7 +184,8 @@ class Connect(torch.autograd.Function):
         else:
             _, u, _, post, res, kept = call.run(x, None, None, None, None, None, phi, alpha, bias, gamma)
         ctx.call = call
-        ctx.aggregated = None if call is None or saved_tensors_are_hooked() else _aggregated_by_connect
+        hooked = call is None or saved_tensors_are_hooked()
+        ctx.aggregated, ctx.streams = (None, None) if hooked else (_aggregated_by_connect, identify(x))
         ctx.save_for_backward(x, kept, phi if accumulate else None, alpha, bias, gamma)
         ctx.setup = setup
         ctx.set_materialize_grads(False)

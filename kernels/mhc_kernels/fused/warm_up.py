@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -67,6 +68,7 @@ def warm_up(
         return None if norm is None else RMSNorm(zeros(width, dtype=norm[0]), 1e-5, norm[1])
 
     following = made(norm)
+    neighbours = [pair for other in others for pair in ((norm, other), (other, norm))]
     settings: dict[str, Any] = {
         "iterations": iterations,
         "eps": eps,
@@ -77,17 +79,18 @@ def warm_up(
     }
     devices = [device] if torch.device(device).type == "cuda" else []
     with torch.random.fork_rng(devices=devices), torch.enable_grad():
-        for p in {0.0, dropout_p}:  # evaluation has none
+        # Evaluation has no dropout; and not all inputs are freed that may be (under hooks on saved tensors, say).
+        for p, frees in itertools.product({0.0, dropout_p}, {False, recompute}):
             more: dict[str, Any] = {**settings, "accumulate": accumulate, "norm": following}
             streams_, u, post, res = ops.connect(x, *parameters, **more)
             ends: tuple[torch.Tensor, ...] = (u,)
             y_, last = y, y
-            if recompute:
+            if frees:
                 y_ = u.sin()  # which keeps u
                 free_until_backward(u, y_)
                 ends = ()
             streams_, u, post, res = ops.boundary(streams_, res, post, y_, bias, *parameters, **more, dropout_p=p)
-            if recompute:
+            if frees:
                 last = u.sin()
                 free_until_backward(u, last)
             else:
@@ -98,9 +101,7 @@ def warm_up(
             )
             ends = (mean, *ends)
             torch.autograd.backward(ends, ends)
-            for before, after in (
-                [pair for other in others for pair in ((norm, other), (other, norm))] if recompute else ()
-            ):
+            for before, after in neighbours if frees else ():
                 streams_, u, post, res = ops.connect(x, *parameters, **{**more, "norm": made(before)})
                 y_ = u.sin()
                 free_until_backward(u, y_)

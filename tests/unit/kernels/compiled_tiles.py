@@ -97,5 +97,7 @@ if __name__ == "__main__":
             names = step.kernel.arg_names[-len(step.meta) :]
             given = dict(zip(names, step.meta, strict=True))
             name = f"n = {n}, {step.kernel.fn.__name__}, {'' if given.get('MIX', True) else 'no '}mix"
+            name += ", and reads again" if given.get("READ") else ""
+            assert name not in stages, name
             stages[name] = [given["STAGES"], loops(step)]
     print(json.dumps({"loops": stages, "mix": {n: mix_operations(n) for n in range(1, 9)}}))

@@ -171,7 +171,8 @@ def main(folder: Path) -> None:
     out, kept = results[0], results[5]
     upstream = (g, du, None, post, res)
     streams = (x, res, post, y, y_bias, seed, out, None, kept, alpha, bias, gamma)
-    own.backward(True, True, True).run(*upstream, *streams, mains)
+    # What the sublayer before read is computed again, as if it were this boundary's u.
+    own.backward(True, True, True, own.read).run(*upstream, *streams, mains, (kept, gamma, torch.zeros_like(du)))
     # The same without whatever may be missing: its kernels get other arrays' addresses instead.
     few = call(t, (True, False, False, 0.0), (None, 0.0, False))
     results = few.run(x, res, post, y, None, None, phi, alpha, bias, None)
