@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import subprocess
@@ -64,17 +65,26 @@ class Run:
         )
         self._read = open(f"/proc/self/fd/{self._log.fileno()}", errors="replace")  # noqa: SIM115
 
-    def until(self, iteration: int | None = None) -> Run:
-        """Read on until this iteration is logged, or to the end."""
-        line = ""
+    def until(self, iteration: int | None = None, silence: float = 150) -> Run:
+        """Read on until this iteration is logged, or to the end.
+
+        Raises:
+            TimeoutError: when nothing has been said for so many seconds; with the processes that are there.
+        """
+        line, heard = "", time.monotonic()
         while True:
             ended = self.process.poll() is not None
             line += self._read.readline()
             if not line.endswith("\n") and not (ended and line):
                 if ended:
                     return self
+                if time.monotonic() - heard > silence:
+                    raise TimeoutError(
+                        f"nothing said for {silence} s; there are " + "; ".join(map(describe, self.processes()))
+                    )
                 time.sleep(0.1)
                 continue
+            heard = time.monotonic()
             self.output += line
             print(line, end="", flush=True)  # how far it has come, with pytest -s
             found, line = _ITERATION.search(line), ""
@@ -93,20 +103,25 @@ class Run:
     def left_behind(self, seconds: float = 15) -> list[str]:
         """Command lines of processes that have outlived the job by so long; they are ended."""
         until = time.monotonic() + seconds
-        while (left := [p for p in psutil.process_iter() if _environment(p).get("MHC_TEST_RUN") == self._mark]) and (
-            time.monotonic() < until
-        ):
+        while (left := self.processes()) and time.monotonic() < until:
             time.sleep(0.5)
-        return [_end(process) for process in left]
+        described = [describe(process) for process in left]
+        for process in left:
+            with contextlib.suppress(psutil.Error):
+                process.kill()
+        return described
+
+    def processes(self) -> list[psutil.Process]:
+        """All of the job, also those whose parents have ended."""
+        return [p for p in psutil.process_iter() if _environment(p).get("MHC_TEST_RUN") == self._mark]
 
 
-def _end(process: psutil.Process) -> str:
+def describe(process: psutil.Process) -> str:
+    """What it is, and what it does."""
     try:
-        described = f"{process.pid} (parent {process.ppid()}): {' '.join(process.cmdline())}"
-        process.kill()
+        return f"{process.pid} of {process.ppid()}, rank {_rank(process)}, {process.status()}: {' '.join(process.cmdline())}"
     except psutil.Error as error:
         return str(error)
-    return described
 
 
 def _rank(process: psutil.Process) -> str | None:
