@@ -2,11 +2,11 @@
 
     torchrun --nproc-per-node 2 benchmarks/links.py [--settings default ctas=1-4 high-priority] [--json FILE]
 
-The link is NCCL's choice and the environment's (`pipeline.py` says how). For every setting, over links like those of
-`mhc_megatron.pipeline.links` (a group each): the time of a transfer from GPU 0 to GPU 1 alone, and of two at once, one each way;
-each with nothing beside it, beside matrix products, and beside additions that are bound by memory; how much longer the
-computation takes for it. And how much longer it takes beside a receive that waits: of something that nobody has sent yet, as a
-pipeline schedule posts it ahead.
+The link is NCCL's choice and the environment's (`pipeline.py` says how). For every setting (default: NCCL's own, not the 8 CTAs
+of `mhc_megatron.pipeline.links`), over a group each: the time of a transfer from GPU 0 to GPU 1 alone, and of two at once, one
+each way; each with nothing beside it, beside matrix products, and beside additions that are bound by memory; how much longer
+the computation takes for it. And how much longer it takes beside a receive that waits: of something that nobody has sent yet,
+as a pipeline schedule posts it ahead.
 """
 
 from __future__ import annotations

@@ -37,7 +37,8 @@ class Step:
     def __init__(self, model: torch.nn.Module, tokens: int, sequence: int):
         self.model, self.on_gpu = model, torch.cuda.is_available()
         device = "cuda" if self.on_gpu else "cpu"
-        self.ids = torch.randint(0, 256, (max(1, tokens // sequence), sequence), device=device)
+        random = torch.Generator(device).manual_seed(torch.distributed.get_rank())  # other tokens on every rank
+        self.ids = torch.randint(0, 256, (max(1, tokens // sequence), sequence), device=device, generator=random)
         self.positions = torch.arange(sequence, device=device).expand_as(self.ids)
         mask = torch.ones(sequence, sequence, dtype=torch.bool, device=device).triu(1)[None, None]
         self.mask = None if self.on_gpu else mask  # Transformer Engine knows that it is causal
@@ -46,6 +47,8 @@ class Step:
     def __call__(self) -> tuple[float, ...]:
         marks = [torch.cuda.Event(enable_timing=True) for _ in range(3)] if self.on_gpu else []
         host = []
+
+        self._meet()
 
         def mark(number: int) -> None:
             host.append(time.perf_counter() * 1e3)
@@ -63,6 +66,13 @@ class Step:
             return forward, backward, forward, backward
         torch.cuda.synchronize()
         return marks[0].elapsed_time(marks[1]), marks[1].elapsed_time(marks[2]), forward, backward
+
+    def _meet(self) -> None:
+        """All ranks begin at the same time: none's communication waits for another one to begin."""
+        if torch.distributed.get_world_size() > 1:
+            from megatron.core.parallel_state import get_data_parallel_group_gloo
+
+            torch.distributed.barrier(group=get_data_parallel_group_gloo())  # of the hosts: no kernel of NCCL's
 
     def _drop_gradients(self) -> None:
         for parameter in self.model.parameters():

@@ -43,6 +43,8 @@ import torch
 import torch.distributed as dist
 
 KINDS = ("residual", "wide-stock", "wide", "split")
+_NOISE: dict[Any, torch.Tensor] = {}
+"""What stands for received tensors, by size and dtype; made in the steps before those that are timed."""
 
 
 class Run:
@@ -174,7 +176,7 @@ def _links(made: Any, settings: list[str]) -> Iterator[None]:
 def _local_copies() -> Iterator[None]:
     """Every transfer sends one element; what is received besides is copied from here."""
     send, receive = dist.ProcessGroup.send, dist.ProcessGroup.recv
-    noise: dict[Any, torch.Tensor] = {}
+    noise = _NOISE
 
     def first(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
         return [tensor.detach().view(-1)[:1] for tensor in tensors]
@@ -363,8 +365,14 @@ def main() -> None:
     if options.stages < 2:
         parser.error("one process, no pipeline: start two or more with torchrun")
     options.group = options.group or options.stages
-    if not options.stages <= options.group <= options.microbatches:
-        parser.error(f"--group {options.group}: from {options.stages} stages to {options.microbatches} microbatches")
+    rest = options.microbatches % options.group
+    if max(options.vpp) > 1 and (
+        not options.stages <= options.group <= options.microbatches or 0 < rest < options.stages
+    ):
+        parser.error(
+            f"--group {options.group}: from {options.stages} stages to {options.microbatches} microbatches, without a last "
+            f"group of fewer than {options.stages}"
+        )
     for vpp in options.vpp:
         if options.layers % (options.stages * vpp):
             parser.error(

@@ -94,7 +94,7 @@ else
 fi
 if ((VPP > 1)); then
     ((PP > 1)) || fail "VPP=$VPP needs a pipeline: set PP to 2 or more, or VPP=1"
-    ((microbatches % PP == 0)) ||
+    ((MICROBATCH_GROUP != PP || microbatches % PP == 0)) ||
         fail "VPP=$VPP needs a number of microbatches that is a multiple of PP=$PP; GLOBAL_BATCH=$GLOBAL_BATCH makes $microbatches"
     rest=$((microbatches % MICROBATCH_GROUP))
     ((MICROBATCH_GROUP >= PP && MICROBATCH_GROUP <= microbatches && (rest == 0 || rest >= PP))) ||

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import os
+import queue
 import re
 import subprocess
 import sys
-import tempfile
+import threading
 import time
 import uuid
 from pathlib import Path
@@ -55,40 +56,44 @@ class Run:
         self.output = ""
         self.losses: list[tuple[int, float]] = []
         self._mark = uuid.uuid4().hex
-        # A file, not a pipe: a process that outlives the job would keep a pipe open, and the reader waiting.
-        self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115
         self.process = subprocess.Popen(
             command,
-            stdout=os.dup(self._log.fileno()),
+            stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
             env=environment(**settings) | {"MHC_TEST_RUN": self._mark},
         )
-        self._read = open(f"/proc/self/fd/{self._log.fileno()}", errors="replace")  # noqa: SIM115
+        # Read by a thread: a process that outlives the job keeps the pipe open, and its reader waiting.
+        self._lines: queue.SimpleQueue[str] = queue.SimpleQueue()
+        threading.Thread(target=self._read, daemon=True).start()
 
-    def until(self, iteration: int | None = None, silence: float = 150) -> Run:
+    def _read(self) -> None:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            self._lines.put(line)
+
+    def until(self, iteration: int | None = None, silence: float = 200) -> Run:
         """Read on until this iteration is logged, or to the end.
 
         Raises:
-            TimeoutError: when nothing has been said for so many seconds; with the processes that are there.
+            TimeoutError: when nothing has been said for so many seconds. The job is ended.
         """
-        line, heard = "", time.monotonic()
+        heard = time.monotonic()
         while True:
-            ended = self.process.poll() is not None
-            line += self._read.readline()
-            if not line.endswith("\n") and not (ended and line):
-                if ended:
+            try:
+                line = self._lines.get(timeout=1)
+            except queue.Empty:
+                if self.process.poll() is not None:
                     return self
                 if time.monotonic() - heard > silence:
-                    raise TimeoutError(
-                        f"nothing said for {silence} s; there are " + "; ".join(map(describe, self.processes()))
-                    )
-                time.sleep(0.1)
+                    there = "; ".join(self.left_behind(0))
+                    raise TimeoutError(f"nothing said for {silence} s; there were {there}") from None
                 continue
             heard = time.monotonic()
             self.output += line
             print(line, end="", flush=True)  # how far it has come, with pytest -s
-            found, line = _ITERATION.search(line), ""
-            if found:
+            if found := _ITERATION.search(line):
                 self.losses.append((int(found[1]), float(found[2])))
                 if self.losses[-1][0] == iteration:
                     return self

@@ -49,9 +49,13 @@ def stage_memory(run: Run, stage: int) -> StageMemory:
     count = rank_count(run, chunks)
     layers = sum(chunk.layers for chunk in chunks)
     # One tensor that a neighbour has sent ahead, a direction; without interleaving, of split transfers' streams another one.
-    # (With it as well, but in the warm-up alone: the last one has been used when the first backward pass comes.)
+    # (With it as well, but in the warm-up alone: the last one has been used when the first backward pass comes.) With groups
+    # larger than the pipeline is long, the last stage's results wait on the first one until the group has passed there;
+    # gradients likewise.
     split = run.mhc is not None and run.mhc.pipeline_comm == "split"
     tensors = 3 if split and run.chunks_per_stage == 1 else 2
+    if run.chunks_per_stage > 1 and stage in (0, run.stages - 1):
+        tensors += max(0, run.group - run.stages)
     buffers = tensors * stream_bytes(run) if run.stages > 1 else 0
     return StageMemory(stage, layers, count, static_memory(run, count), activations, in_flight, buffers, length)
 

@@ -72,7 +72,7 @@ def _larger_groups(
     candidates = [(*larger, highest_peak(larger[1])) for larger in larger_groups(run)]
     if not candidates:
         return None
-    kind = run.mhc.pipeline_comm if run.mhc is not None and run.mhc.pipeline_comm in KINDS else "wide"
+    kind = "residual" if run.mhc is None else run.mhc.pipeline_comm if run.mhc.pipeline_comm in KINDS else "wide"
 
     def exposed(candidate: tuple[str, Run, float]) -> float:
         (row,) = simulated(candidate[1], gpu, utilization, [min(links)], [kind])
@@ -80,7 +80,8 @@ def _larger_groups(
 
     fit = [candidate for candidate in candidates if candidate[2] <= room]
     arguments, changed, peak = min(fit, key=exposed) if fit else candidates[0]
-    return {"arguments": arguments, "peak": peak, "pipeline": simulated(changed, gpu, utilization, links)}
+    pipeline = simulated(changed, gpu, utilization, links)
+    return {"arguments": arguments, "peak": peak, "fits": peak <= room, "pipeline": pipeline}
 
 
 def simulated(

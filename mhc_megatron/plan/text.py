@@ -105,6 +105,8 @@ def _pipeline(plan: dict[str, Any]) -> list[str]:
     ]
     if larger := plan.get("larger_groups"):
         peaks = f"peak {larger['peak'] / GIB:.1f} GiB instead of {plan['peak'] / GIB:.1f}"
+        if not larger["fits"]:
+            peaks += ", which DOES NOT FIT"
         lines += [f"With {larger['arguments']} ({peaks}):", *_simulated(larger["pipeline"])]
     return lines
 
