@@ -126,7 +126,7 @@ class _Pass(torch.autograd.Function):
         if hasattr(gradient, split._ARRIVAL):
             getattr(gradient, split._ARRIVAL).wait()
         chunk.events.append(Event("compute"))
-        if channel is not None:
+        if channel is not None and pipeline_state(chunk.config).announces:
             channel.post_ahead()  # as a second layer has it done
         chunk.events.append(Event("compute"))  # the first layer
         if channel is not None and not chunk.first and ctx.form[-1] == NARROW:
@@ -182,7 +182,7 @@ def record(shape: Shape, rank: int, monkeypatch: pytest.MonkeyPatch) -> list[Eve
         deallocate_pipeline_outputs=True,
     )
     state = share_pipeline(config, MHCConfig(num_streams=STREAMS, pipeline_comm=shape.comm))
-    state.announces = True
+    state.announces = bool(shape.microbatches % 2)  # chunks of one layer don't
     events: list[Event] = []
     recorder = Recorder(events, rank, shape.stages)
     monkeypatch.setattr(Links, "of", lambda group, wraps: recorder)
@@ -221,7 +221,9 @@ def record(shape: Shape, rank: int, monkeypatch: pytest.MonkeyPatch) -> list[Eve
                 shape.flush,
                 send_waits=False,
             )
-            assert state.channel._plan == order.split_plan(rank), (shape, rank)
+            planned = order.split_plan(rank)
+            planned = planned if state.announces else planned._replace(late=None)
+            assert state.channel._plan == planned, (shape, rank)
         counts = {"_passes": "sends", "_receives": "receives", "_gradient_receives": "gradients"}
         for done, planned in counts.items():
             expected = (
