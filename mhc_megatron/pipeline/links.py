@@ -24,7 +24,7 @@ from mhc_megatron.pipeline.sends import Sends
 FORWARD, BACKWARD = 0, 1
 _MAX_CTAS = 8
 """Multiprocessors that a transfer takes from the computation beside it, unless the pipeline group has a limit of its own or
-NCCL_MAX_CTAS is set. Over NVLink NCCL would take 32: 336 MB then take 1.0 ms instead of 1.4, and matrix products beside a
+NCCL_MAX_CTAS is set. Over NVLink NCCL would take more: 336 MB then take 1.0 ms instead of 1.4, and matrix products beside a
 receive that waits a quarter longer instead of a thirteenth (benchmarks/README.md, links)."""
 
 

@@ -203,22 +203,8 @@ _BACKWARD = (
 @plans
 def backward_plan(s: Sizes, options: BackwardOptions) -> Plan:
     """Takes the tensors of `_BACKWARD`; None for those that there are not with these options."""
-    (
-        g,
-        aggregates,
-        accumulates,
-        mixes,
-        biased,
-        drops,
-        p,
-        iterations,
-        eps_sinkhorn,
-        hc,
-        gamma,
-        centered,
-        keeps_pre,
-        read,
-    ) = options
+    g, aggregates, accumulates, mixes, biased, drops, p, *mapped, gamma, centered, keeps_pre, read = options
+    iterations, eps_sinkhorn, hc = mapped
     normalises = gamma is not None
     config = configs.mapping_backward(s, normalises)
     block = configs.token_block_backward(s.n, config.warps)

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
+from mhc_kernels.fused.boundary import ForwardCall
+from mhc_kernels.recompute_input import Refill
 from tests.unit.kernels.cases import DEVICE
 
 
@@ -24,3 +29,33 @@ def poisoned_memory() -> Iterator[None]:
         assert empty.isnan().all()
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def refills(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
+    """What was computed again."""
+    made: list[Tensor] = []
+    original = Refill._filled
+
+    @contextlib.contextmanager
+    def recorded(*arguments: Any) -> Iterator[Tensor]:
+        with original(*arguments) as u:
+            yield u
+        made.append(u)
+
+    monkeypatch.setattr(Refill, "_filled", recorded)
+    return made
+
+
+@pytest.fixture
+def alone(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
+    """Of those, what had a pass over the streams of its own."""
+    made: list[Tensor] = []
+    original = ForwardCall.aggregate_again
+
+    def recorded(call: ForwardCall, streams: Tensor, kept: Tensor, gamma: Tensor | None, u: Tensor) -> None:
+        original(call, streams, kept, gamma, u)
+        made.append(u)
+
+    monkeypatch.setattr(ForwardCall, "aggregate_again", recorded)
+    return made
