@@ -17,6 +17,8 @@ from megatron.core.transformer import MLATransformerConfig, TransformerConfig
 from megatron.core.transformer.module import Float16Module
 
 from mhc_megatron import MHCConfig, to_mhc_spec
+from mhc_megatron.plan.block_length import choose_block_length
+from mhc_megatron.plan.run import Run
 
 VOCABULARY = 256  # a block is what is timed: next to no embedding and no logits
 
@@ -113,11 +115,32 @@ PIPELINE_KINDS: dict[str, MHCConfig | None] = {
 }
 
 
-def build(shape: str, kind: str, layers: int, sequence: int, tiny: bool, padded: bool = False) -> torch.nn.Module:
-    """A GPTModel of one of SHAPES: Transformer Engine in bf16, or tiny, local and float32."""
-    experts = get_expert_model_parallel_world_size()
-    config = _config(shape, layers, tiny, {**(PADDED if padded else {}), "expert_model_parallel_size": experts})
-    return _model(config, KINDS[kind], sequence, tiny)
+def of_kind(kind: str) -> MHCConfig | None:
+    """The settings of one of KINDS, or of ``recompute:N``: blocks of N sublayers.
+
+    Raises:
+        ValueError: for another name.
+    """
+    name, _, length = kind.partition(":")
+    if name not in KINDS or (length and (name != "recompute" or not length.isdecimal())):
+        raise ValueError(f"no kind {kind!r}: {', '.join(KINDS)} and recompute:N (sublayers) exist")
+    return MHCConfig(recompute=True, recompute_sublayers=int(length)) if length else KINDS[name]
+
+
+def build(
+    shape: str, mhc_config: MHCConfig | None, layers: int, sequence: int, tiny: bool, more: dict[str, Any]
+) -> torch.nn.Module:
+    """A GPTModel of one of SHAPES: Transformer Engine in bf16, or tiny, local and float32. more: fields of its config."""
+    more = {**more, "expert_model_parallel_size": get_expert_model_parallel_world_size()}
+    return _model(_config(shape, layers, tiny, more), mhc_config, sequence, tiny)
+
+
+def planned_length(shape: str, layers: int, sequence: int, tokens: int) -> int:
+    """L_r that training gets for a block: what the planner chooses (`mhc_megatron.plan.block_length`)."""
+    config = _config(shape, layers, False, {"moe_permute_fusion": False})  # the same memory, and Megatron asks for TE
+    micro_batch = max(1, tokens // sequence)
+    run = Run(config, KINDS["recompute"], 1, sequence, micro_batch, 1, VOCABULARY, gradients="plain")
+    return choose_block_length(run, 0).length
 
 
 def build_chunks(

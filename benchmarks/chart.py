@@ -19,15 +19,24 @@ PAPER = 6.7  # % of a step, arXiv 2512.24880, 27B
 
 
 def draw(files: list[Path], picture: Path) -> None:
-    """One group of bars a file and number of layers: step time above the residual model's in %, peak memory in GiB."""
+    """One group of bars a file and number of layers: step time above the residual model's in %, peak memory in GiB.
+
+    Raises:
+        SystemExit: for a block twice.
+    """
     groups: dict[str, dict[str, tuple[float, float]]] = {}
     for file in files:
         content = json.loads(file.read_text())
         settings = content["settings"]
         for layers, results in content["results"].items():
+            padded = ", padded" if settings.get("padded") else ""
+            label = f"{settings['shape']}, {layers} layers\n{settings['tokens']} tokens{padded}\n{settings['device']}"
+            if label in groups:
+                raise SystemExit(f"{file}: the picture has that block already: {' '.join(label.split())}")
             base = results["residual"]
-            groups[f"{settings['shape']}, {layers} layers\n{settings['tokens']} tokens"] = {
-                kind: (100 * (r["step_ms"] / base["step_ms"] - 1), r["peak_gib"] - base["peak_gib"])
+            groups[label] = {
+                # Files from before "over" have medians alone.
+                kind: (100 * r.get("over", r["step_ms"] / base["step_ms"] - 1), r["peak_gib"] - base["peak_gib"])
                 for kind, r in results.items()
                 if kind in KINDS
             }

@@ -40,11 +40,11 @@ def _seconds(step: Step, around: Any) -> float:
 
 def measure(options: argparse.Namespace, folder: str) -> dict[str, float]:
     """Median milliseconds by kind of step."""
-    from blocks import build
+    from blocks import KINDS, build
 
     from mhc_megatron import MHCConfig, Monitor
 
-    model = build(options.shape, "mhc", options.layers, options.sequence, options.tiny)
+    model = build(options.shape, KINDS["mhc"], options.layers, options.sequence, options.tiny, {})
     step = Step(model, options.tokens, options.sequence)
     monitor = Monitor(model, MHCConfig(monitor_interval=2), folder=folder, tensorboard=_tensorboard(folder))
     kinds: dict[str, Any] = {

@@ -11,6 +11,9 @@ the time over that without as well. With --padded experts have one capacity: the
 GPU seldom for the host. Memory is the peak of a step above what is allocated before it (gradients of the parameters included).
 With several --layers, the memory that a layer adds is the slope between the first and the last.
 
+Kinds: residual; hc; reference, mhc: by the reference and by the kernels; recompute: with --mhc-recompute and the block length
+that training gets, the planner's (with --tiny: the formula's); recompute:N: with blocks of N sublayers.
+
 Under torchrun the experts are divided among the GPUs, each of which has tokens of its own; the numbers are rank 0's. --profile
 then also gives the time of the communication, and how much of it ran while a kernel of mHC did.
 """
@@ -105,17 +108,20 @@ def _over(step: Step, other: Step) -> float:
 
 def measure(options: argparse.Namespace, layers: int) -> dict[str, dict[str, Any]]:
     """Times and peaks of all kinds, and their kernels with --profile."""
-    from blocks import build
+    from blocks import PADDED, build, of_kind, planned_length
 
-    steps = {
-        kind: Step(
-            build(options.shape, kind, layers, options.sequence, options.tiny, options.padded),
-            options.tokens,
-            options.sequence,
-        )
-        for kind in options.kinds
-    }
+    more = {**(PADDED if options.padded else {}), "moe_shared_expert_overlap": options.shared_expert_overlap}
+    steps: dict[str, Step] = {}
     results: dict[str, dict[str, Any]] = defaultdict(dict)
+    for kind in options.kinds:
+        mhc_config = of_kind(kind)
+        if kind == "recompute" and not options.tiny:
+            length = planned_length(options.shape, layers, options.sequence, options.tokens)
+            mhc_config = of_kind(f"recompute:{length}")
+        if mhc_config is not None and mhc_config.recompute_sublayers:
+            results[kind]["block_length"] = mhc_config.recompute_sublayers
+        model = build(options.shape, mhc_config, layers, options.sequence, options.tiny, more)
+        steps[kind] = Step(model, options.tokens, options.sequence)
     for kind, step in steps.items():
         for _ in range(2):
             step()
@@ -130,7 +136,7 @@ def measure(options: argparse.Namespace, layers: int) -> dict[str, dict[str, Any
     gc.enable()
     for kind, step in steps.items():
         results[kind] |= {**_summary(step), "over": _over(step, steps[options.kinds[0]])}
-        if kind == "recompute" and "mhc" in steps:
+        if kind.startswith("recompute") and "mhc" in steps:
             results[kind]["over_mhc"] = _over(step, steps["mhc"])
     if options.profile:
         for kind, step in steps.items():
@@ -200,7 +206,9 @@ def show(options: argparse.Namespace, layers: int, results: dict[str, dict[str, 
         )
     for kind, r in results.items():
         if "over_mhc" in r:
-            print(f"{kind} over mhc: {r['over_mhc'] * 100:+.2f}%")
+            print(
+                f"{kind} over mhc: {r['over_mhc'] * 100:+.2f}%, blocks of {r.get('block_length', 'automatic')} sublayers"
+            )
         if "launches" in r:
             print(
                 f"{kind}: {r['launches']} launches, kernels {r['kernels_ms']:.2f} ms, mHC's {r['mhc_kernels_ms']:.2f}; "
@@ -231,6 +239,13 @@ def start_megatron(tiny: bool) -> None:
     model_parallel_cuda_manual_seed(0)
 
 
+def _write(options: argparse.Namespace, results: dict[int, Any]) -> None:
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    settings = {**vars(options), "json": options.json.name, "device": device, "torch": torch.__version__}
+    settings["gpus"] = torch.distributed.get_world_size()
+    options.json.write_text(json.dumps({"settings": settings, "results": results}, indent=1))
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=("27b", "dense", "v3"), default="27b")
@@ -242,13 +257,21 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--padded", action="store_true", help="experts padded to one capacity")
+    parser.add_argument(
+        "--shared-expert-overlap", action="store_true", help="shared experts beside the experts' communication"
+    )
     parser.add_argument("--profile", action="store_true", help="one step of each kind under PyTorch's profiler")
     parser.add_argument("--tiny", action="store_true", help="small sizes, local modules: to try the benchmark on a CPU")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args(arguments)
     start_megatron(options.tiny)
-    from blocks import LAYERS
+    from blocks import LAYERS, of_kind
 
+    try:
+        for kind in options.kinds:
+            of_kind(kind)
+    except ValueError as error:
+        parser.error(f"--kinds: {error}")
     first_rank = torch.distributed.get_rank() == 0
 
     counts = options.layers or [LAYERS[options.shape]]
@@ -257,6 +280,8 @@ def main(arguments: list[str] | None = None) -> None:
         everything[layers] = measure(options, layers)
         if first_rank:
             show(options, layers, everything[layers])
+            if options.json:  # after each: a run may be cut off
+                _write(options, everything)
         gc.collect()
     if len(counts) > 1 and first_rank:
         first, last = counts[0], counts[-1]
@@ -264,11 +289,6 @@ def main(arguments: list[str] | None = None) -> None:
         for kind in options.kinds:
             slope = (everything[last][kind]["peak_gib"] - everything[first][kind]["peak_gib"]) / (last - first)
             print(f"    {kind:10s} {slope:.3f}")
-    if options.json and first_rank:
-        device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-        settings = {**vars(options), "json": options.json.name, "device": device, "torch": torch.__version__}
-        settings["gpus"] = torch.distributed.get_world_size()
-        options.json.write_text(json.dumps({"settings": settings, "results": everything}, indent=1))
     torch.distributed.destroy_process_group()
 
 

@@ -23,8 +23,8 @@ from mhc_megatron.pipeline.sends import Sends
 
 FORWARD, BACKWARD = 0, 1
 _MAX_CTAS = 8
-"""Multiprocessors that a transfer takes from the computation beside it, unless the pipeline group has a limit of its own or
-NCCL_MAX_CTAS is set. Over NVLink NCCL would take more: 336 MB then take 1.0 ms instead of 1.4, and matrix products beside a
+"""Of thread blocks of a transfer whose receive is posted ahead (`side_channel`), unless the pipeline group has a limit of its own
+or NCCL_MAX_CTAS is set. Over NVLink NCCL would take more: 336 MB then take 1.0 ms instead of 1.4, and matrix products beside a
 receive that waits a quarter longer instead of a thirteenth (benchmarks/README.md, links)."""
 
 
@@ -48,27 +48,28 @@ class Links:
     Args:
         group: the pipeline-parallel group.
         wraps: whether the last stage sends to the first (interleaved schedules).
+        ahead: whether receives are posted long before what they receive is sent.
     """
 
-    _made: weakref.WeakKeyDictionary[dist.ProcessGroup, dict[bool, Links]] = weakref.WeakKeyDictionary()
+    _made: weakref.WeakKeyDictionary[dist.ProcessGroup, dict[tuple[bool, bool], Links]] = weakref.WeakKeyDictionary()
 
-    def __init__(self, group: dist.ProcessGroup, wraps: bool):
+    def __init__(self, group: dist.ProcessGroup, wraps: bool, ahead: bool):
         self._ranks = dist.get_process_group_ranks(group)
         self._stage, self._stages = group.rank(), group.size()
         # [direction][number that group_of gives the sending stage]
         apart = {group_of(sender, self._stages, wraps, _eager()) for sender in range(self._stages)}
         self._wraps = wraps
-        self._groups = [[_like(group) for _ in apart] for _ in (FORWARD, BACKWARD)]
+        self._groups = [[_like(group, ahead) for _ in apart] for _ in (FORWARD, BACKWARD)]
         self.sends = (Sends(), Sends())
         self._connect(wraps)
 
     @classmethod
-    def of(cls, group: dist.ProcessGroup, wraps: bool) -> Links:
+    def of(cls, group: dist.ProcessGroup, wraps: bool, ahead: bool) -> Links:
         """This rank's links of a pipeline group."""
         made = cls._made.setdefault(group, {})
-        if wraps not in made:
-            made[wraps] = cls(group, wraps)
-        return made[wraps]
+        if (wraps, ahead) not in made:
+            made[wraps, ahead] = cls(group, wraps, ahead)
+        return made[wraps, ahead]
 
     def send(self, direction: int, tensor: Tensor) -> None:
         """Send to the next stage (FORWARD) or the previous one, as soon as what is launched now is done. Nobody waits."""
@@ -125,16 +126,16 @@ def _eager() -> bool:
     return getattr(dist.group.WORLD, "bound_device_id", None) is not None
 
 
-def _like(group: dist.ProcessGroup) -> dist.ProcessGroup:
+def _like(group: dist.ProcessGroup, ahead: bool) -> dist.ProcessGroup:
     """Another group of the same ranks. All ranks of the job make theirs, each one those of all: PyTorch numbers groups."""
     rows: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(rows, dist.get_process_group_ranks(group))
     theirs = getattr(group._get_backend(torch.device(torch.cuda.current_device())), "options", None)
-    made = {row: dist.new_group(row, **_settings(theirs)) for row in dict.fromkeys(map(tuple, rows))}
+    made = {row: dist.new_group(row, **_settings(theirs, ahead)) for row in dict.fromkeys(map(tuple, rows))}
     return made[tuple(dist.get_process_group_ranks(group))]
 
 
-def _settings(theirs: Any) -> dict[str, Any]:
+def _settings(theirs: Any, ahead: bool) -> dict[str, Any]:
     """Arguments of `dist.new_group` for a group with the options of another one's backend: its timeout, so that a lost peer ends
     the run as it does in Megatron; with NCCL, what ``--nccl-communicator-config-path`` and ``--high-priority-stream-groups`` say
     of pipeline groups."""
@@ -144,6 +145,6 @@ def _settings(theirs: Any) -> dict[str, Any]:
         return {"timeout": timeout}
     options = nccl.Options(is_high_priority_stream=theirs.is_high_priority_stream)
     options.config, options._timeout = theirs.config, theirs._timeout
-    if options.config.max_ctas < 0:  # not set
+    if ahead and options.config.max_ctas < 0:  # not set
         options.config.max_ctas = max(_MAX_CTAS, options.config.min_ctas)
     return {"timeout": timeout, "pg_options": options}

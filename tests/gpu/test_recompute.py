@@ -17,7 +17,7 @@ from mhc_kernels import free_until_backward  # noqa: E402
 from mhc_megatron.residual import add  # noqa: E402
 from tests import models  # noqa: E402
 from tests.gpu.test_fp8 import RECIPES, WIDTHS  # noqa: E402
-from tests.gpu.training import QUICKSTART, build, text, train  # noqa: E402
+from tests.gpu.training import LOCAL, QUICKSTART, SMALL, build, text, train  # noqa: E402
 from tests.unit.kernels.test_recompute_input import size  # noqa: E402
 
 MHC = MHCConfig(init="paper")
@@ -28,17 +28,34 @@ FP8 = {**WIDTHS, **RECIPES["tensorwise"], "moe_router_padding_for_fp8": True}
 OVERLAP = {"moe_shared_expert_overlap": True}  # on a stream of its own
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [{}, SELECTIVE, CHECKPOINTS, OVERLAP, FP8, {**FP8, **CHECKPOINTS}],
-    ids=["", "with selective recompute", "with checkpoints", "shared experts beside", "FP8", "FP8 with checkpoints"],
-)
-def test_same_bits(settings: dict, one_process: None) -> None:
-    """Losses of 20 steps, with gradients accumulated over two microbatches: equal to the last bit."""
-    model = {**QUICKSTART, "hidden_size": 512, **settings}  # several tiles: the kernels' loops are other machine code
-    kept, again = (train(model, MHC, 512, microbatches=2).losses for _ in range(2))
-    assert again == kept, "Transformer Engine itself differs from run to run: the comparison would say nothing"
-    assert train(model, RECOMPUTE, 512, microbatches=2).losses == kept
+SETTINGS: dict[str, dict] = {
+    "": {},
+    "without MLA": {**models.MODELS["moe"], **SMALL},
+    "with selective recompute": SELECTIVE,
+    "with checkpoints": CHECKPOINTS,
+    "shared experts beside": OVERLAP,
+    "FP8": FP8,
+    "FP8 delayed": {**FP8, **RECIPES["delayed"]},
+    "FP8 blockwise": {**FP8, **RECIPES["blockwise"]},
+    "FP8 with checkpoints": {**FP8, **CHECKPOINTS},
+    "local": LOCAL,
+}
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_same_bits(name: str, one_process: None) -> None:
+    """Losses and gradients of 20 steps, accumulated over two microbatches: equal to the last bit."""
+    base = {} if "hidden_size" in SETTINGS[name] else QUICKSTART
+    model = {**base, **SETTINGS[name], "hidden_size": 512}  # several tiles: the kernels' loops are other machine code
+    te = name != "local"
+
+    def of(mhc: MHCConfig) -> tuple[list[float], str]:
+        run = train(model, mhc, 512, microbatches=2, te=te, bits=True)
+        return run.losses, run.gradients
+
+    kept, again = of(MHC), of(MHC)
+    assert again == kept, "the modules themselves differ from run to run: the comparison would say nothing"
+    assert of(RECOMPUTE) == kept
 
 
 def test_inputs_are_free_between(one_process: None, monkeypatch: pytest.MonkeyPatch) -> None:

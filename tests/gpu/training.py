@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import hashlib
 import sysconfig
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -38,11 +39,12 @@ def text(steps: int, sequence: int) -> torch.Tensor:
 
 
 class Run(NamedTuple):
-    """Losses of all steps; peak memory in GiB; bytes allocated after each step."""
+    """Losses of all steps; peak memory in GiB; bytes allocated after each step; a hash of all steps' gradients (``bits``)."""
 
     losses: list[float]
     peak: float
     allocated: list[int]
+    gradients: str
 
     def distance(self, other: Run) -> list[float]:
         """Relative, of the losses from another run's."""
@@ -103,6 +105,7 @@ def train(
     te: bool = True,
     ddp: dict[str, Any] | None = None,
     seed: int = 0,
+    bits: bool = False,
 ) -> Run:
     """Steps of Megatron's Adam.
 
@@ -113,6 +116,7 @@ def train(
         te: Transformer Engine's modules, or Megatron's local ones.
         ddp: settings of the DistributedDataParallelConfig.
         seed: of the initialisation; the data are the same.
+        bits: hash the gradients, as they are summed over microbatches.
     """
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 
@@ -122,13 +126,15 @@ def train(
         OptimizerConfig(lr=rate, bf16=True, clip_grad=1.0, use_distributed_optimizer=distributed), [model]
     )
     torch.cuda.reset_peak_memory_stats()
-    losses, allocated = [], []
+    losses, allocated, digest = [], [], hashlib.sha256()
     for ids in text(steps, sequence):
         model.zero_grad_buffer()
         optimizer.zero_grad()
         model.module.set_is_first_microbatch()  # as Megatron's schedule does: FP8 copies of the weights are made anew
         loss = backward(model, ids.view(microbatches, 1, -1))
         model.finish_grad_sync()
+        for parameter in model.parameters() if bits else ():
+            digest.update(parameter.main_grad.cpu().view(torch.uint8).numpy())
         assert optimizer.step()[0]
         losses.append(loss.item())
         del loss
@@ -137,4 +143,4 @@ def train(
     del model, optimizer
     gc.collect()
     torch.cuda.empty_cache()
-    return Run(losses, peak, allocated)
+    return Run(losses, peak, allocated, digest.hexdigest())

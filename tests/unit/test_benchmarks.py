@@ -46,9 +46,11 @@ def test_overhead(tmp_path: Path) -> None:
 
 def test_overhead_with_the_experts_divided(tmp_path: Path) -> None:
     results = tmp_path / "results.json"
-    arguments = "--tokens 64 --sequence 32 --layers 2 --steps 2 --kinds residual,mhc"
+    arguments = "--tokens 64 --sequence 32 --layers 2 --steps 2 --kinds residual,mhc,recompute:3"
     output = run("overhead.py", arguments, results, processes=2)
-    assert json.loads(results.read_text())["settings"]["gpus"] == 2
+    written = json.loads(results.read_text())
+    assert written["settings"]["gpus"] == 2
+    assert written["results"]["2"]["recompute:3"]["block_length"] == 3
     assert output.count("27b, 2 layers") == 1
 
 

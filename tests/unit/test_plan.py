@@ -132,7 +132,7 @@ def _block(shape: str, kind: str, layers: int, settings: dict[str, Any]) -> Run:
     """A block of benchmarks/overhead.py: forward and backward alone, unfused activations."""
     sys.path.insert(0, str(BENCHMARKS))
     try:
-        from blocks import KINDS, SHAPES, VOCABULARY
+        from blocks import SHAPES, VOCABULARY, of_kind
     finally:
         sys.path.remove(str(BENCHMARKS))
     fields = {name: value for name, value in SHAPES[shape].items() if name != "moe_permute_fusion"}
@@ -148,7 +148,12 @@ def _block(shape: str, kind: str, layers: int, settings: dict[str, Any]) -> Run:
         params_dtype=torch.bfloat16,
     )
     sequence, tokens = settings["sequence"], settings["tokens"]
-    return Run(config, KINDS[kind], 1, sequence, tokens // sequence, 1, VOCABULARY, gradients="plain")
+    return Run(config, of_kind(kind), 1, sequence, tokens // sequence, 1, VOCABULARY, gradients="plain")
+
+
+def _length(kind: str, layers: int, result: dict[str, Any]) -> int | None:
+    """L_r of a result; the formula's where it does not say."""
+    return result.get("block_length", automatic_length(2 * layers, 1)) if kind.startswith("recompute") else None
 
 
 MEASURED = [
@@ -167,10 +172,10 @@ def test_measured_peaks(name: str, layers: str, kind: str) -> None:
     settings = recorded["settings"]
     run = _block(settings["shape"], kind, int(layers), settings)
     (chunk,) = run.chunks()[0]
-    length = automatic_length(2 * int(layers), 1) if kind == "recompute" else None
-    passes = chunk_pass(run, chunk, length)
+    result = recorded["results"][layers][kind]
+    passes = chunk_pass(run, chunk, _length(kind, int(layers), result))
     predicted = max(passes.forward, passes.backward) / GIB
-    measured = recorded["results"][layers][kind]["peak_gib"]
+    measured = result["peak_gib"]
     print(
         f"{name} {layers} {kind}: {predicted:.2f} GiB planned, {measured:.2f} measured ({predicted / measured - 1:+.1%})"
     )
@@ -184,7 +189,7 @@ def test_measured_increment_of_mhc() -> None:
         peaks: dict[str, float] = {}
         for kind in ("residual", "mhc", "recompute"):
             run = _block("27b", kind, layers, recorded["settings"])
-            length = automatic_length(2 * layers, 1) if kind == "recompute" else None
+            length = _length(kind, layers, recorded["results"][str(layers)][kind])
             passes = chunk_pass(run, run.chunks()[0][0], length)
             peaks[kind] = max(passes.forward, passes.backward) / GIB
         measured = {kind: of["peak_gib"] for kind, of in recorded["results"][str(layers)].items()}

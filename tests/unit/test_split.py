@@ -165,14 +165,15 @@ def test_another_pipeline_dtype_is_an_error(split_transfers: bool) -> None:
 def test_links_have_the_settings_of_the_pipeline_group() -> None:
     theirs = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
     theirs.config.max_ctas, theirs._timeout = 4, timedelta(seconds=77)
-    settings = _settings(theirs)
+    settings = _settings(theirs, ahead=True)
     options = settings["pg_options"]
     assert options is not theirs  # new_group writes the group's name on it
     assert (options.config.max_ctas, options.is_high_priority_stream) == (4, True)
     assert settings["timeout"] == options._timeout == theirs._timeout
-    assert (
-        _settings(_settings(dist.ProcessGroupNCCL.Options())["pg_options"])["pg_options"].config.max_ctas == 8
-    )  # unset
+    unset = dist.ProcessGroupNCCL.Options()
+    made = [_settings(unset, ahead)["pg_options"].config.max_ctas for ahead in (True, False)]
+    assert made == [8, unset.config.max_ctas]
+    assert unset.config.max_ctas < 0
 
 
 def test_streams_without_a_schedule_are_an_error() -> None:
