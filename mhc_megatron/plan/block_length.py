@@ -39,13 +39,15 @@ class BlockLength:
     """What was chosen for a stage.
 
     length: L_r in sublayers, and the peak of the stage's activations with it, in bytes. formula: the same two of the paper's
-    formula. sublayers: of the stage's chunks.
+    formula. optimum: of the length with the least peak of all. sublayers: of the stage's chunks.
     """
 
     length: int
     activations: float
     formula: int
     formula_activations: float
+    optimum: int
+    optimum_activations: float
     sublayers: tuple[int, ...]
 
     @property
@@ -69,17 +71,17 @@ def choose_block_length(run: Run, stage: int) -> BlockLength:
 
     order = stage_order(run, stage)
     peak_of = _peaks(run, stage, order)
-    bounded = (length for length in range(1, longest + 1) if held(length)[0] <= WORST * held(formula)[0])
-    peaks = {length: peak_of(length) for length in bounded}
+    peaks = {length: peak_of(length) for length in range(1, longest + 1)}
+    optimum = min(peaks, key=lambda length: (peaks[length], held(length)))
     loads = LOADS if run.config.num_moe_experts else ()
     loaded = [_peaks(_loaded(run, load), stage, order) for load in loads]
     limits = [(1 + MARGIN) * of(formula) for of in loaded]
-    left = dict(peaks)
+    left = {length: needed for length, needed in peaks.items() if held(length)[0] <= WORST * held(formula)[0]}
     while True:
         enough = (1 + MARGIN) * min(left.values())
         chosen = min((length for length, needed in left.items() if needed <= enough), key=held)
         if all(of(chosen) <= limit for of, limit in zip(loaded, limits, strict=True)):  # as the formula's does
-            return BlockLength(chosen, peaks[chosen], formula, peaks[formula], sublayers)
+            return BlockLength(chosen, peaks[chosen], formula, peaks[formula], optimum, peaks[optimum], sublayers)
         del left[chosen]
 
 

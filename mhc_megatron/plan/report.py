@@ -4,19 +4,19 @@ rank a stage."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from mhc_megatron.plan.advice import changes, fitting, highest_peak
 from mhc_megatron.plan.block_length import choose_block_length
 from mhc_megatron.plan.gpus import Gpu
 from mhc_megatron.plan.groups import larger_groups
-from mhc_megatron.plan.memory import WORKSPACES, stage_memory, variant
+from mhc_megatron.plan.memory import WORKSPACES, block_length, stage_memory, variant
 from mhc_megatron.plan.parameters import active_count, model_count
 from mhc_megatron.plan.peak import run_order
 from mhc_megatron.plan.run import Run
 from mhc_megatron.plan.schedule import Schedule, exchange, step_times
-from mhc_megatron.plan.traffic import boundary_bytes, chunk_seconds, kernel_traffic
+from mhc_megatron.plan.traffic import added_seconds, boundary_bytes, chunk_seconds, kernel_traffic
 
 MODES = ("residual", "mhc", "recompute")
 KINDS = ("residual", "wide-stock", "wide", "split")
@@ -52,6 +52,7 @@ def plan(
         "peak": peak,
         "fits": peak <= room,
         "changes": [],
+        "expected_step": [],
     }
     if peak > room:
         found = changes(run)
@@ -61,8 +62,32 @@ def plan(
     if run.stages > 1:
         result["boundary"] = boundary_bytes(run if run.mhc is not None else variant(run, "mhc"))
         result["pipeline"] = simulated(run, gpu, utilization, links)
+        result["expected_step"] = [_expected(result["pipeline"], link, _kind(run)) for link in links]
         result["larger_groups"] = _larger_groups(run, gpu, utilization, links, room)
+    else:
+        rows = simulated(run, gpu, utilization, [min(links)])  # nothing crosses a link
+        result["expected_step"] = [{**_expected(rows, min(links), "wide"), "link": None}]
     return result
+
+
+def _kind(run: Run) -> str:
+    """The communication that an mHC run of these arguments has."""
+    asked = "wide" if run.mhc is None else run.mhc.pipeline_comm
+    full = run.config.recompute_granularity == "full"  # its transfers stay wide
+    return "wide" if asked == "auto" or (asked == "split" and full) else asked
+
+
+def _expected(rows: Sequence[dict[str, Any]], link: float, kind: str) -> dict[str, Any]:
+    """A step with mHC beside the residual one, and where the difference comes from."""
+    residual, mhc = (next(row for row in rows if (row["link"], row["kind"]) == (link, k)) for k in ("residual", kind))
+    return {
+        "link": link,
+        "kind": kind,
+        "residual": residual["step"],
+        "mhc": mhc["step"],
+        "kernels": mhc["free"] - residual["free"],
+        "exposed": mhc["exposed"] - residual["exposed"],
+    }
 
 
 def _larger_groups(
@@ -72,7 +97,7 @@ def _larger_groups(
     candidates = [(*larger, highest_peak(larger[1])) for larger in larger_groups(run)]
     if not candidates:
         return None
-    kind = "residual" if run.mhc is None else run.mhc.pipeline_comm if run.mhc.pipeline_comm in KINDS else "wide"
+    kind = "residual" if run.mhc is None else _kind(run)
 
     def exposed(candidate: tuple[str, Run, float]) -> float:
         (row,) = simulated(candidate[1], gpu, utilization, [min(links)], [kind])
@@ -87,35 +112,64 @@ def _larger_groups(
 def simulated(
     run: Run, gpu: Gpu, utilization: float, links: Sequence[float], kinds: Sequence[str] = KINDS
 ) -> list[dict[str, Any]]:
-    """A simulated step of the run's pipeline with each kind of communication, at some link speeds."""
-    chunks = run.chunks()
-    times = [[chunk_seconds(run, chunk, gpu, utilization) for chunk in stage] for stage in chunks]
-    # Streams hide behind the smallest last sublayer's share.
-    share = min(part for stage in times for _, _, part in stage)
+    """A simulated step of the run's pipeline with each kind of communication, at some link speeds.
+
+    All but the residual one have mHC's kernels: with recompute, if the run has it.
+    """
     wide = run if run.mhc is not None else variant(run, "mhc")
+    passes = {False: _passes(variant(run, "residual"), gpu, utilization), True: _passes(wide, gpu, utilization)}
     order = run_order(run)
     rows = []
     for bandwidth in links:
         for kind in kinds:
             hidden = boundary_bytes(run)["residual"]
             crossing = exchange(kind, hidden, wide.streams, run.residual_tokens)
+            times = passes[kind != "residual"]
             schedule = Schedule(
                 stages=run.stages,
                 microbatches=run.microbatches,
-                forward=[[forward for forward, _, _ in stage] for stage in times],
-                backward=[[backward for _, backward, _ in stage] for stage in times],
+                forward=[[chunk.forward for chunk in stage] for stage in times],
+                backward=[[chunk.backward for chunk in stage] for stage in times],
                 bandwidth=bandwidth,
                 chunks=run.chunks_per_stage,
                 group=run.group,
                 overlap=order.overlap,
                 warmup_flush=order.warmup_flush,
-                forward_share=share,
-                backward_share=share,
+                # Streams hide behind the smallest last sublayer's share.
+                forward_share=min(chunk.forward_share for stage in times for chunk in stage),
+                backward_share=min(chunk.backward_share for stage in times for chunk in stage),
                 **crossing,  # type: ignore[arg-type]
             )
             step, free = step_times(schedule)
             rows.append({"link": bandwidth, "kind": kind, "step": step, "free": free, "exposed": step - free})
     return rows
+
+
+@dataclass(frozen=True)
+class _Passes:
+    """Seconds of a chunk's two passes, and the last sublayer's share of each."""
+
+    forward: float
+    backward: float
+    forward_share: float
+    backward_share: float
+
+
+def _passes(run: Run, gpu: Gpu, utilization: float) -> list[list[_Passes]]:
+    """Of every stage's chunks, mHC's kernels included."""
+    placed: list[list[_Passes]] = []
+    for stage, chunks in enumerate(run.chunks()):
+        length = block_length(run, stage)
+        placed.append([])
+        for chunk in chunks:
+            forward, backward, last = chunk_seconds(run, chunk, gpu, utilization)
+            more = added_seconds(run, chunk, gpu, length)
+            whole = forward + more[0], backward + more[1]
+            shares = [
+                last * own / total if total else 0.0 for own, total in zip((forward, backward), whole, strict=True)
+            ]
+            placed[-1].append(_Passes(*whole, *shares))
+    return placed
 
 
 def _mode(run: Run) -> str:

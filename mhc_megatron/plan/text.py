@@ -10,6 +10,7 @@ GIB = 2**30
 def render(plan: dict[str, Any]) -> str:
     """The text of a plan (`mhc_megatron.plan.report.plan`)."""
     lines = [*_head(plan), "", *_memory(plan), "", *_verdict(plan), "", *_kernels(plan)]
+    lines += ["", *_expected(plan)]
     if "pipeline" in plan:
         lines += ["", *_pipeline(plan)]
     return "\n".join(lines)
@@ -42,6 +43,7 @@ def _memory(plan: dict[str, Any]) -> list[str]:
             + f"{recompute['block_length'] or '-':>5} "
             + _columns((10, residual["total"]), (6, mhc["total"]), (9, recompute["total"]))
         )
+    lines += _lengths(plan["stages"])
     for stage in plan["stages"]:
         automatic, chosen = stage["automatic_block_length"], stage["modes"]["recompute"]
         if automatic is not None and automatic["length"] != chosen["block_length"]:
@@ -49,6 +51,18 @@ def _memory(plan: dict[str, Any]) -> list[str]:
                 f"stage {stage['stage']}: without --mhc-recompute-sublayers {automatic['length']} would be chosen; "
                 f"{chosen['block_length']} takes {(chosen['activations'] - automatic['activations']) / GIB:+.2f} GiB"
             )
+    return lines
+
+
+def _lengths(stages: list[dict[str, Any]]) -> list[str]:
+    """L_r as it is chosen, by the paper's formula, and with the least peak of all, with the activations' peaks."""
+    lines = []
+    for stage in stages:
+        if (found := stage["automatic_block_length"]) is not None:
+            peaks = {"chosen": ("length", "activations")}
+            peaks |= {name: (name, f"{name}_activations") for name in ("formula", "optimum")}
+            told = (f"{name} {found[of]} ({found[peak] / GIB:.2f} GiB)" for name, (of, peak) in peaks.items())
+            lines.append(f"stage {stage['stage']}: L_r {', '.join(told)}")
     return lines
 
 
@@ -94,13 +108,27 @@ def _overhead(mode: dict[str, Any], compute: float) -> float:
     return (mode["kernel_seconds"] - mode["replaced_seconds"]) / compute * 100 if compute else 0.0
 
 
+def _expected(plan: dict[str, Any]) -> list[str]:
+    """One line a link speed."""
+    name = "mHC with recompute" if plan["mode"] == "recompute" else "mHC"
+    lines = []
+    for step in plan["expected_step"]:
+        where = "" if step["link"] is None else f" at {step['link'] / 1e9:.0f} GB/s"
+        transfers = "" if step["link"] is None else f", exposed transfers ({step['kind']}) {step['exposed'] * 1e3:+.1f}"
+        lines.append(
+            f"Expected step{where}: residual {step['residual'] * 1e3:.1f} ms, {name} {step['mhc'] * 1e3:.1f} ms "
+            f"({step['mhc'] / step['residual'] - 1:+.1%}): kernels {step['kernels'] * 1e3:+.1f}{transfers}"
+        )
+    return lines
+
+
 def _pipeline(plan: dict[str, Any]) -> list[str]:
     boundary = plan["boundary"]
     mib = {name: value / 2**20 for name, value in boundary.items()}
     lines = [
         f"A pipeline boundary, one microbatch and direction: residual {mib['residual']:.1f} MiB, wide {mib['wide']:.1f}, where "
         f"split {mib['split']:.1f} + {mib['split_side']:.1f} of streams apart.",
-        "Simulated step, and how much of its communication is exposed (ms):",
+        "Simulated step, mHC's kernels in all but the residual one, and how much of its communication is exposed (ms):",
         *_simulated(plan["pipeline"]),
     ]
     if larger := plan.get("larger_groups"):

@@ -17,7 +17,8 @@ from mhc_megatron.plan.run import Chunk, Run
 # 8192 tokens or more).
 KERNEL_SHARE = 0.73
 # Units that residual connections move for what the kernels do in their place: an addition and a norm, forward and backward.
-RESIDUAL_UNITS = 3 + 2 + 3 + 3
+RESIDUAL_FORWARD = 3 + 2
+RESIDUAL_UNITS = RESIDUAL_FORWARD + 3 + 3
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,7 @@ def kernel_traffic(run: Run, chunks: list[Chunk], block_length: int | None) -> K
     moved: float = 0
     bound: float = 0
     sublayers = 0
+    replaced = RESIDUAL_UNITS
     for chunk in chunks:
         own = 2 * chunk.layers
         again = 0
@@ -54,9 +56,25 @@ def kernel_traffic(run: Run, chunks: list[Chunk], block_length: int | None) -> K
         bound += own * (7 * n + 6) + again
         sublayers += own
     if run.config.recompute_granularity == "full":  # the forward runs twice
-        moved += sublayers * (3 * n + 2)
-        bound += sublayers * (3 * n + 2)
-    return KernelTraffic(moved * unit, bound * unit, sublayers * RESIDUAL_UNITS * unit)
+        moved += sublayers * _forward_units(n)
+        bound += sublayers * _forward_units(n)
+        replaced += RESIDUAL_FORWARD
+    return KernelTraffic(moved * unit, bound * unit, sublayers * replaced * unit)
+
+
+def _forward_units(n: int) -> int:
+    return 3 * n + 2
+
+
+def added_seconds(run: Run, chunk: Chunk, gpu: Gpu, block_length: int | None) -> tuple[float, float]:
+    """What mHC's kernels take of one microbatch beyond what they replace, in the forward and in the backward pass."""
+    if run.mhc is None:
+        return 0.0, 0.0
+    kernels, replaced = kernel_traffic(run, [chunk], block_length).seconds(gpu)
+    units = 2 * chunk.layers * hidden_bytes(run)
+    first = KernelTraffic(0, units * _forward_units(run.streams), units * RESIDUAL_FORWARD).seconds(gpu)
+    forward = first[0] - first[1]
+    return forward, kernels - replaced - forward
 
 
 def boundary_bytes(run: Run) -> dict[str, float]:

@@ -79,6 +79,7 @@ def test_chosen_length(kind: str) -> None:
         peaks = {length: activations(run, stage, length) for length in range(1, longest + 1)}
         assert chosen.activations == peaks[chosen.length]
         assert chosen.formula_activations == peaks[chosen.formula]
+        assert chosen.optimum_activations == peaks[chosen.optimum] == min(peaks.values())
         assert chosen.activations <= (1 + MARGIN) * chosen.formula_activations
         # A rank that gets more tokens than its share is not the worse for it.
         for load in LOADS if run.config.num_moe_experts else ():

@@ -301,6 +301,54 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert modes["residual"]["total"] < modes["recompute"]["total"] < modes["mhc"]["total"]
 
 
+@pytest.mark.parametrize(
+    ("mode", "flags"),
+    [
+        ("mhc", []),
+        ("recompute", ["--mhc-recompute"]),
+        ("mhc", "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1".split()),
+    ],
+)
+@pytest.mark.usefixtures("no_hooks_left")
+def test_expected_step_without_a_pipeline(
+    mode: str, flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What mHC adds to a step is what its kernels take of every microbatch, less what they replace."""
+    written = tmp_path / "plan.json"
+    arguments = [*LAUNCH, "--pipeline-model-parallel-size", "1", "--enable-mhc", *flags]
+    assert main(["plan", "--world-size", "8", "--json", str(written), *arguments]) == 0
+    plan = json.loads(written.read_text())
+    (stage,), (step,) = plan["stages"], plan["expected_step"]
+    kernels, microbatches = stage["modes"][mode], plan["layout"]["microbatches"]
+    assert step["residual"] == pytest.approx(microbatches * stage["compute_seconds"])
+    assert step["kernels"] == pytest.approx(microbatches * (kernels["kernel_seconds"] - kernels["replaced_seconds"]))
+    assert step["kernels"] > 0
+    assert step["mhc"] - step["residual"] == pytest.approx(step["kernels"])
+    name = "mHC with recompute" if mode == "recompute" else "mHC"
+    expected = f"Expected step: residual {step['residual'] * 1e3:.1f} ms, {name} {step['mhc'] * 1e3:.1f} ms (+"
+    assert expected in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("comm", ["auto", "wide-stock", "split"])
+@pytest.mark.usefixtures("no_hooks_left")
+def test_expected_step_of_a_pipeline(comm: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its two parts make up the difference; the kernels' is at least what the slowest stage's take."""
+    written = tmp_path / "plan.json"
+    mhc = ["--enable-mhc", "--mhc-recompute", "--mhc-pipeline-comm", comm, "--link-speeds", "10,100"]
+    assert main(["plan", "--world-size", "8", "--json", str(written), *LAUNCH, *mhc]) == 0
+    plan = json.loads(written.read_text())
+    modes = [stage["modes"]["recompute"] for stage in plan["stages"]]
+    slowest = max(mode["kernel_seconds"] - mode["replaced_seconds"] for mode in modes)
+    assert [step["link"] for step in plan["expected_step"]] == [10e9, 100e9]
+    text = capsys.readouterr().out
+    for step in plan["expected_step"]:
+        steps = {row["kind"]: row["step"] for row in plan["pipeline"] if row["link"] == step["link"]}
+        assert (step["residual"], step["mhc"]) == (steps["residual"], steps["wide" if comm == "auto" else comm])
+        assert step["mhc"] - step["residual"] == pytest.approx(step["kernels"] + step["exposed"])
+        assert step["kernels"] > plan["layout"]["microbatches"] * slowest
+        assert f"Expected step at {step['link'] / 1e9:.0f} GB/s: residual {step['residual'] * 1e3:.1f} ms" in text
+
+
 @pytest.mark.usefixtures("no_hooks_left")
 def test_command_compares_a_given_length(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     written = tmp_path / "plan.json"
@@ -310,6 +358,9 @@ def test_command_compares_a_given_length(tmp_path: Path, capsys: pytest.CaptureF
     for stage in json.loads(written.read_text())["stages"]:
         chosen, given = stage["automatic_block_length"], stage["modes"]["recompute"]
         assert (given["block_length"], given["activations"] > chosen["activations"]) == (1, True)
+        lengths = (f"{of} {chosen[of]} ({chosen[of + '_activations'] / GIB:.2f} GiB)" for of in ("formula", "optimum"))
+        peak = f"{chosen['activations'] / GIB:.2f} GiB"
+        assert f"stage {stage['stage']}: L_r chosen {chosen['length']} ({peak}), {', '.join(lengths)}" in text
         assert (
             f"stage {stage['stage']}: without --mhc-recompute-sublayers {chosen['length']} would be chosen; 1 takes +"
             in text
