@@ -12,6 +12,7 @@ from torch import nn
 from mhc_megatron.config import MHCConfig
 from mhc_megatron.monitor.band import Band, show
 from mhc_megatron.monitor.capture import SUBLAYERS, Layout, Sample, find_sublayers
+from mhc_megatron.monitor.depth import extreme
 from mhc_megatron.monitor.gains import summarize
 from mhc_megatron.monitor.ranks import Ranks
 from mhc_megatron.monitor.records import Record, Writer, numbers
@@ -150,7 +151,11 @@ def describe(record: Record) -> str:
         finite = None not in (*least, *most)
         return f"{show(min(least))} to {show(max(most))}" if finite else show(None)
 
-    parts = [f"{d} {span(composite, d, 0)} (single layers {span(single, d, None)})" for d in ("forward", "backward")]
+    parts = [
+        f"{d} {span(composite, d, 0)} (from any depth {extreme(record, d, 'min')} to {extreme(record, d, 'max')}; "
+        f"single layers {span(single, d, None)})"
+        for d in ("forward", "backward")
+    ]
     return f"mHC gains at iteration {record['iteration']}: composite {', '.join(parts)}"
 
 

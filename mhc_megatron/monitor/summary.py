@@ -5,23 +5,28 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from mhc_megatron.monitor.band import show
+from mhc_megatron.monitor.depth import extreme
 from mhc_megatron.monitor.records import Record, Run
 
+DIRECTIONS = ("forward", "backward")
 COLUMNS = (
     "run",
     "iteration",
     "loss",
     "composite forward",
     "composite backward",
+    "composite forward, any depth",
+    "composite backward, any depth",
     "single-layer forward",
     "single-layer backward",
-    "largest composite of the run",
+    "largest composite of the run, any depth",
+    "smallest composite of the run, any depth",
 )
 
 
 def rows(runs: Sequence[Run]) -> list[tuple[str, ...]]:
     """COLUMNS of every run, at its last monitored iteration. Gains as ``min to max``, means over tokens: of the whole model's
-    product, and over all sublayers. The last column has the iteration in brackets."""
+    product, of those from any sublayer to the exit, and of single sublayers. The last columns have the iteration in brackets."""
     return [_row(run) for run in runs]
 
 
@@ -37,14 +42,12 @@ def _row(run: Run) -> tuple[str, ...]:
     last = run.records[max(run.records)]
     head = (run.name, str(last["iteration"]), show_loss(last.get("loss")))
     if not run.monitored:
-        return (*head, *("1 (residual)",) * 4, "1 (residual)")
+        return (*head, *("1 (residual)",) * (len(COLUMNS) - len(head)))
     record = run.monitored[-1]
     head = (run.name, str(record["iteration"]), show_loss(record.get("loss")))
-    spans = [
-        _span(record, kind, direction) for kind in ("composite", "single") for direction in ("forward", "backward")
-    ]
-    largest, iteration = max((_largest(r), r["iteration"]) for r in run.monitored)
-    return (*head, *spans, f"{largest:.4g} ({iteration})")
+    composite, single = ([_span(record, kind, d) for d in DIRECTIONS] for kind in ("composite", "single"))
+    depths = [f"{extreme(record, d, 'min')} to {extreme(record, d, 'max')}" for d in DIRECTIONS]
+    return (*head, *composite, *depths, *single, _of_the_run(run, "max"), _of_the_run(run, "min"))
 
 
 def show_loss(loss: float | None) -> str:
@@ -60,6 +63,10 @@ def _span(record: Record, kind: str, direction: str) -> str:
     return f"{show(min(least))} to {show(max(most))}"
 
 
-def _largest(record: Record) -> float:
-    gains = [record["composite"][direction]["max"][0] for direction in ("forward", "backward")]
-    return float("inf") if None in gains else max(gains)
+def _of_the_run(run: Run, bound: str) -> str:
+    """The largest or smallest gain of all depths and iterations; the first that is not finite, if there is one."""
+    found = [(extreme(record, d, bound), record["iteration"]) for record in run.monitored for d in DIRECTIONS]
+    unknown = [(one, iteration) for one, iteration in found if one.gain is None]
+    choose = max if bound == "max" else min
+    one, iteration = unknown[0] if unknown else choose(found, key=lambda pair: pair[0].gain or 0.0)
+    return f"{one} ({iteration})"

@@ -6,13 +6,18 @@ import json
 import logging
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from mhc_megatron import MHCConfig, Monitor
 from mhc_megatron.monitor.capture import find_sublayers
-from mhc_megatron.monitor.records import FILE, Writer, read
+from mhc_megatron.monitor.gains import summarize
+from mhc_megatron.monitor.monitor import describe
+from mhc_megatron.monitor.records import FILE, Run, Writer, read
+from mhc_megatron.monitor.scalars import scalars
+from mhc_megatron.monitor.summary import COLUMNS, rows
 from tests import models
 from tests.monitored import check, definition, streams
 
@@ -149,6 +154,39 @@ def test_scalars_for_tensorboard_and_wandb(one_process: None) -> None:
     assert gain == wandb["mhc-layers/composite-backward-max/001-attention"][0] > 1
     assert 0 < wandb["mhc/composite-backward-min"][0] < 1
     assert sum(name.startswith("mhc-layers/single-forward-max/") for name in wandb) == 8
+
+
+def fading(*diagonals: tuple[float, float]) -> dict[str, Any]:
+    """A record of one token, its H_res diagonal; two sublayers a layer."""
+    res = torch.diag_embed(torch.tensor(diagonals))[:, None]
+    other = torch.ones(len(diagonals), 1, 2)
+    sublayers = [[i // 2 + 1, ("attention", "mlp")[i % 2]] for i in range(len(diagonals))]
+    return {"sublayers": sublayers, **summarize(res, other, other, other[..., 0])}
+
+
+def test_a_stream_that_fades_halfway() -> None:
+    """The whole model's product is the identity; from layer 2 on one stream keeps a quarter, and another doubles."""
+    inner = [(1.2, 0.5), (0.5, 1.0), (0.5, 2.0)]
+    record = {"iteration": 4, **fading((1 / 0.3, 1.0), *inner)}
+    named = scalars(record)
+    for direction in ("forward", "backward"):
+        for bound, gain in (("max", 2.0), ("min", 0.25)):
+            name = f"mhc/composite-{direction}-{bound}"
+            assert (named[name], named[f"{name}-any-depth"]) == pytest.approx((1.0, gain))
+            assert named[f"{name}-any-depth-layer"] == 2
+    told = "forward 1 to 1 (from any depth 0.25 at layer 2 to 2 at layer 2; single layers 0.5 to 3.333)"
+    assert told in describe(record)
+
+    calm = {"iteration": 8, **fading(*[(1.0, 1.0)] * 4)}
+    cells = dict(zip(COLUMNS, *rows([Run("mhc", records={4: record, 8: calm})]), strict=True))
+    assert cells["composite backward, any depth"] == "1 at layer 1 to 1 at layer 1"
+    assert cells["largest composite of the run, any depth"] == "2 at layer 2 (4)"
+    assert cells["smallest composite of the run, any depth"] == "0.25 at layer 2 (4)"
+
+    broken = {"iteration": 9, **fading((1.0, 1.0), (1.0, 1.0), (float("inf"), 1.0), (1.0, 1.0))}
+    assert "from any depth not finite at layer 2 to not finite at layer 2" in describe(broken)
+    (row,) = rows([Run("mhc", records={4: record, 9: broken})])
+    assert row[-2:] == ("not finite at layer 2 (9)",) * 2
 
 
 def test_full_disk(one_process: None, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
