@@ -24,6 +24,11 @@ one_of() {
     fail "$name must be one of: $*; got '${!name}'"
 }
 
+# words ARRAY TEXT: split at spaces and line ends. Quotes and backslashes are characters like any other.
+words() {
+    read -r -d '' -a "$1" <<<"$2" || true # it wants a zero byte at the end, and finds none
+}
+
 [[ -n ${SIZE:-} ]] || fail "name a model: $0 3b | 9b | 27b"
 [[ -f $EXAMPLES/models/$SIZE.sh ]] ||
     fail "no model '$SIZE': there is $(cd "$EXAMPLES/models" && echo *.sh | sed 's/\.sh//g') in $EXAMPLES/models"
@@ -107,20 +112,14 @@ if ((VPP > 1)); then
 fi
 
 # --- Data and tokenizer ------------------------------------------------------------------------------------------------
+blend=()
 if ((MOCK_DATA)); then
     DATA=(--mock-data)
     TOKENIZER_TYPE=NullTokenizer
 else
-    [[ -n $DATA_PATH ]] ||
+    words blend "$DATA_PATH" # one prefix, or weight prefix weight prefix ...
+    [[ -n ${blend[*]} ]] ||
         fail "DATA_PATH is not set: the path prefix of a Megatron indexed dataset (PREFIX.bin, PREFIX.idx), or MOCK_DATA=1"
-    read -ra blend <<<"$DATA_PATH" # one prefix, or weight prefix weight prefix ...
-    for prefix in "${blend[@]}"; do
-        [[ ! $prefix =~ ^[0-9.]+$ ]] || continue
-        for suffix in bin idx; do
-            [[ -f $prefix.$suffix ]] ||
-                fail "DATA_PATH: $prefix.$suffix does not exist; give the prefix of PREFIX.bin and PREFIX.idx, or MOCK_DATA=1"
-        done
-    done
     DATA=(--data-path "${blend[@]}" --split "$SPLIT" --data-cache-path "$DATA_CACHE")
 fi
 case $TOKENIZER_TYPE in
@@ -129,12 +128,27 @@ NullTokenizer) TOKENIZER=(--tokenizer-type NullTokenizer --vocab-size "$VOCAB_SI
     [[ -n $TOKENIZER_MODEL ]] ||
         fail "TOKENIZER_MODEL is not set: the file, folder or Hugging Face name of a $TOKENIZER_TYPE; TOKENIZER_TYPE=NullTokenizer" \
             "needs none"
-    if [[ $TOKENIZER_TYPE != HuggingFaceTokenizer || $TOKENIZER_MODEL == /* || $TOKENIZER_MODEL == .* ]]; then
-        [[ -e $TOKENIZER_MODEL ]] || fail "TOKENIZER_MODEL: $TOKENIZER_MODEL does not exist"
-    fi
     TOKENIZER=(--tokenizer-type "$TOKENIZER_TYPE" --tokenizer-model "$TOKENIZER_MODEL")
     ;;
 esac
+
+# check_files: data and tokenizer are there. Only where they will be read: a batch script may run outside of the nodes' container.
+check_files() {
+    local prefix suffix
+    for prefix in "${blend[@]}"; do
+        [[ ! $prefix =~ ^[0-9.]+$ ]] || continue
+        for suffix in bin idx; do
+            [[ -f $prefix.$suffix ]] ||
+                fail "DATA_PATH: $prefix.$suffix does not exist; give the prefix of PREFIX.bin and PREFIX.idx, or MOCK_DATA=1"
+            [[ -s $prefix.$suffix ]] || fail "DATA_PATH: $prefix.$suffix is empty; make the dataset again"
+        done
+    done
+    [[ $TOKENIZER_TYPE != NullTokenizer ]] || return 0
+    # Another Hugging Face tokenizer is a name.
+    if [[ $TOKENIZER_TYPE != HuggingFaceTokenizer || $TOKENIZER_MODEL == /* || $TOKENIZER_MODEL == .* ]]; then
+        [[ -e $TOKENIZER_MODEL ]] || fail "TOKENIZER_MODEL: $TOKENIZER_MODEL does not exist"
+    fi
+}
 
 # --- What the sizes have in common ---------------------------------------------------------------------------------------
 MODEL+=(
@@ -217,7 +231,7 @@ complete() {
     local cpu=() extra
     ((CPU == 0)) ||
         mapfile -t cpu < <("$PYTHON" -c 'from mhc_megatron.cpu import MEGATRON_ARGUMENTS; print(*MEGATRON_ARGUMENTS, sep="\n")')
-    read -ra extra <<<"$EXTRA_ARGS" # last: of a repeated argument the last one counts
+    words extra "$EXTRA_ARGS" # last: of a repeated argument the last one counts
     ARGUMENTS=(
         "${MODEL[@]}" "${TRAINING[@]}" "${LAYOUT[@]}" "${HOST[@]}" "${cpu[@]}" "${DATA[@]}" "${TOKENIZER[@]}" "${SAVING[@]}"
         "${MHC[@]}" "${extra[@]}"
@@ -243,5 +257,8 @@ dry_run() {
     "$PYTHON" -m mhc_megatron check --world-size "$WORLD_SIZE" "${ARGUMENTS[@]}"
     echo
     # It covers what runs on GPUs: Transformer Engine's modules.
-    ((CPU)) || "$PYTHON" -m mhc_megatron plan --world-size "$WORLD_SIZE" "${ARGUMENTS[@]}"
+    local status=0
+    ((CPU)) || "$PYTHON" -m mhc_megatron plan --world-size "$WORLD_SIZE" "${ARGUMENTS[@]}" || status=$?
+    ((status == 3)) || return "$status"
+    echo "The arguments are accepted, but not covered by the planner (above): whether they fit into memory is not known."
 }

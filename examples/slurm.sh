@@ -7,6 +7,7 @@
 #SBATCH --ntasks-per-node=1
 #SBATCH --gpus-per-node=8
 #SBATCH --exclusive
+#SBATCH --mem=0
 #SBATCH --requeue
 #SBATCH --open-mode=append
 set -euo pipefail
@@ -30,15 +31,25 @@ one_of REQUEUE 0 1
 # One task a node: each starts torchrun for its GPUs. A task that fails takes the others with it, so that the job ends at once
 # instead of waiting for a communication timeout.
 SRUN=(srun --nodes "$NNODES" --ntasks-per-node 1 --kill-on-bad-exit=1 --cpu-bind=none)
-read -ra srun_args <<<"${SRUN_ARGS:-}"
+words srun_args "${SRUN_ARGS:-}"
 SRUN+=("${srun_args[@]}")
 if ((DRY_RUN)); then
+    check_files
     dry_run "${SRUN[@]}" "$PYTHON" -m torch.distributed.run --nnodes "$NNODES" --nproc-per-node "$GPUS_PER_NODE" ...
     exit
 fi
 [[ -n ${SLURM_JOB_ID:-} ]] || fail "not under Slurm: submit it with sbatch --nodes $NNODES $0 $SIZE"
 
-latest() { cat "$CHECKPOINTS/latest_checkpointed_iteration.txt" 2>/dev/null || echo 0; }
+# The iteration of the newest checkpoint; 0 without one, and of one that is not of a run ("release").
+latest() {
+    local iteration=
+    read -r iteration 2>/dev/null <"$CHECKPOINTS/latest_checkpointed_iteration.txt" || true
+    [[ $iteration =~ ^[0-9]+$ ]] && echo "$((10#$iteration))" || echo 0
+}
+
+# Slurm itself requeues at a node's failure or preemption (#SBATCH --requeue).
+((REQUEUE)) || scontrol update "JobId=$SLURM_JOB_ID" Requeue=0 ||
+    echo "mhc-megatron: REQUEUE=0: Slurm may still requeue this job when a node fails, unless submitted with --no-requeue" >&2
 
 hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
 export MASTER_ADDR=${hosts%%$'\n'*} MASTER_PORT=${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 10000))} JOB_ID=$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}

@@ -6,6 +6,7 @@ set -euo pipefail
 EXAMPLES=${EXAMPLES:-$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)}
 SIZE=${1:-}
 source "$EXAMPLES/arguments.sh"
+check_files
 
 : "${MASTER_PORT:=29500}" "${JOB_ID:=mhc-$SIZE}" "${NODE_RANK:=0}"
 whole NODE_RANK 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib.util
 import io
 import logging
 import sys
@@ -16,6 +17,16 @@ from mhc_megatron.dry_run import LaunchError, parse
 
 if TYPE_CHECKING:
     from mhc_megatron.plan.run import Chunk, Run
+
+# Optional packages, without which Megatron's tokenizers fail on an undefined name.
+_TOKENIZER_PACKAGES = {
+    "HuggingFaceTokenizer": "transformers",
+    "SFTTokenizer": "transformers",
+    "SentencePieceTokenizer": "sentencepiece",
+    "GPTSentencePieceTokenizer": "sentencepiece",
+    "Llama2Tokenizer": "sentencepiece",
+    "TikTokenizer": "tiktoken",
+}
 
 
 def add_parser(commands: Any) -> None:
@@ -43,6 +54,7 @@ def run(options: argparse.Namespace) -> int:
         planned = _run(args, config, _microbatches(args, config))
         with _refusals("the layers can't be split over the pipeline"):
             stages = planned.chunks()
+        slow = _slow(planned)
         _process_groups(args)
         _data(args)
         _tokenizer(args)
@@ -53,6 +65,8 @@ def run(options: argparse.Namespace) -> int:
         return 1
     print(f"check: megatron-core {version()} accepts these arguments on {options.world_size} GPUs")
     print(_model(planned))
+    if slow is not None:
+        print(f"  mHC runs its slow reference: {slow}")
     print(f"  data-parallel {args.data_parallel_size}, {planned.microbatches} microbatches a step")
     for stage, chunks in enumerate(stages):
         print(f"  pipeline stage {stage}: layers {' | '.join(map(_layers, chunks))}")
@@ -112,23 +126,39 @@ def _process_groups(args: Any) -> None:
 
 def _data(args: Any) -> None:
     """That every dataset named on the command line is there (`--data-args-path` files are read by the training script)."""
+    from megatron.core.datasets.indexed_dataset import _IndexReader, get_bin_path, get_idx_path
     from megatron.core.datasets.utils import get_blend_from_list
 
     for flag in ("data_path", "train_data_path", "valid_data_path", "test_data_path"):
         prefixes, _ = get_blend_from_list(getattr(args, flag)) or ([], None)
         for prefix in prefixes:
-            missing = [suffix for suffix in ("bin", "idx") if not Path(f"{prefix}.{suffix}").is_file()]
-            if missing:
-                raise LaunchError(
-                    f"--{flag.replace('_', '-')} {prefix}: there is no {prefix}.{missing[0]}; give the prefix of an "
-                    "indexed dataset's .bin and .idx files"
-                )
+            name = f"--{flag.replace('_', '-')} {prefix}"
+            for file in (get_bin_path(prefix), get_idx_path(prefix)):
+                if not Path(file).is_file():
+                    raise LaunchError(
+                        f"{name}: there is no {file}; give the prefix of an indexed dataset's .bin and .idx files"
+                    )
+            with _refusals(f"{name}: not a whole indexed dataset, make it again"):
+                _whole(_IndexReader(get_idx_path(prefix), multimodal=False), Path(get_bin_path(prefix)).stat().st_size)
+
+
+def _whole(index: Any, size: int) -> None:
+    """That the .bin file has all that its index says: Megatron notices only when it comes to what is missing."""
+    if not len(index):
+        raise ValueError("it has no documents")
+    needed = int(index.sequence_pointers[-1]) + int(index.sequence_lengths[-1]) * index.dtype_size
+    if size < needed:
+        raise ValueError(f"the .bin file has {size} bytes, its index asks for {needed}")
 
 
 def _tokenizer(args: Any) -> None:
     from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
 
-    with _refusals(f"--tokenizer-type {args.tokenizer_type}, --tokenizer-model {args.tokenizer_model}"):
+    named = f"--tokenizer-type {args.tokenizer_type}, --tokenizer-model {args.tokenizer_model}"
+    package = _TOKENIZER_PACKAGES.get(args.tokenizer_type)
+    if package is not None and importlib.util.find_spec(package) is None:
+        raise LaunchError(f"{named}: needs the Python package {package}: pip install {package}")
+    with _refusals(named):
         tokenizer = build_tokenizer(args)
     if tokenizer.vocab_size > args.padded_vocab_size:
         raise LaunchError(
@@ -156,6 +186,14 @@ def _run(args: Any, config: Any, microbatches: int) -> Run:
         tied=not args.untie_embeddings_and_output_weights,
         learned_positions=args.max_position_embeddings if args.position_embedding_type == "learned_absolute" else 0,
     )
+
+
+def _slow(run: Run) -> str | None:
+    """Why mHC would run without its kernels."""
+    from mhc_megatron.residual.backend import why_reference
+
+    with _refusals("mHC"):
+        return None if run.mhc is None else why_reference(run.mhc, run.config)
 
 
 def _model(run: Run) -> str:

@@ -42,6 +42,11 @@ def why_not_triton(streams: int, width: int, dtype: torch.dtype, device: torch.d
         return f"the Triton kernels need a CUDA device, not {device.type!r} (or TRITON_INTERPRET=1, which is slow)"
     if (reason := _no_triton()) is not None:
         return reason
+    return why_not_streams(streams, width, dtype)
+
+
+def why_not_streams(streams: int, width: int, dtype: torch.dtype) -> str | None:
+    """Why the Triton kernels can't run such streams on any device; None if they can."""
     if not 1 <= streams <= MAX_STREAMS:
         return f"the Triton kernels take 1 to {MAX_STREAMS} streams, not n = {streams}"
     if width % 16:

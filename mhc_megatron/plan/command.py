@@ -15,7 +15,8 @@ from mhc_megatron.plan.gpus import GPUS
 GIB = 2**30
 _DESCRIPTION = (
     "Plan a run: what each pipeline stage needs of a GPU's memory with residual connections, with mHC and with --mhc-recompute, "
-    "whether it fits, and what mHC moves and costs. Takes Megatron's arguments as the launch script has them."
+    "whether it fits, and what mHC moves and costs. Takes Megatron's arguments as the launch script has them. "
+    "Exit status 0: it fits; 1: it does not; 2: Megatron or mHC refuses the arguments; 3: the planner does not cover them."
 )
 
 
@@ -61,13 +62,13 @@ def _speeds(text: str) -> tuple[float, ...]:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Plan; returns the exit status: 0 if it fits, 1 if it does not, 2 for arguments that are refused."""
+    """Plan; returns the exit status: 0 if it fits, 1 if not, 2 for arguments that are refused, 3 for what is not covered."""
     # Megatron warns of every optional package it does without.
     warnings.simplefilter("ignore")
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     from mhc_megatron.dry_run import parse
     from mhc_megatron.plan.report import plan
-    from mhc_megatron.plan.run import Run
+    from mhc_megatron.plan.run import NotCoveredError, Run
     from mhc_megatron.plan.text import render
 
     gpu = GPUS[options.gpu]
@@ -80,7 +81,7 @@ def run(options: argparse.Namespace) -> int:
         result = plan(planned, gpu, memory * GIB, options.reserve * GIB, options.utilization, links)
     except ValueError as error:
         print(f"plan: {error}", file=sys.stderr)
-        return 2
+        return 3 if isinstance(error, NotCoveredError) else 2
     text = json.dumps(result, indent=1)
     if options.json is not None and str(options.json) != "-":
         options.json.write_text(text)

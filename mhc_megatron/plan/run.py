@@ -11,6 +11,11 @@ from megatron.core.transformer.transformer_block import get_num_layers_to_build
 
 from mhc_megatron.arguments import check_args
 from mhc_megatron.config import MHCConfig
+from mhc_megatron.residual.backend import why_reference
+
+
+class NotCoveredError(ValueError):
+    """Arguments that Megatron and mHC accept, and the planner does not count."""
 
 
 @dataclass(frozen=True)
@@ -59,15 +64,21 @@ class Run:
         """The run of parsed arguments (`mhc_megatron.dry_run.parse`).
 
         Raises:
-            ValueError: naming the flag, for what the planner does not cover.
+            NotCoveredError: naming the flag, for what the planner does not cover.
         """
         flag = not_covered(args)
         if flag is not None:
-            raise ValueError(
-                f"plan: {flag} is not covered: the planner counts what Transformer Engine modules in bf16, fp16 or fp32 "
+            raise NotCoveredError(
+                f"{flag} is not covered: the planner counts what Transformer Engine modules in bf16, fp16 or fp32 "
                 "and Adam keep; leave it out to plan without it"
             )
-        return cls.from_covered(args, config)
+        run = cls.from_covered(args, config)
+        reason = None if run.mhc is None else why_reference(run.mhc, config)
+        if reason is not None:
+            raise NotCoveredError(
+                f"mHC on the slow reference is not covered ({reason}): the planner counts what its Triton kernels keep and move"
+            )
+        return run
 
     @classmethod
     def from_covered(cls, args: argparse.Namespace, config: Any) -> Run:

@@ -10,12 +10,30 @@ import torch
 from megatron.core.utils import log_single_rank
 
 from mhc_kernels import RMSNorm
-from mhc_kernels.backend import why_not_triton
+from mhc_kernels.backend import why_not_streams, why_not_triton
 from mhc_kernels.norm import FUSED_NORM_STREAMS
 from mhc_megatron.config import MHCConfig
 from mhc_megatron.pipeline.state import splits
 
 _logger = logging.getLogger(__name__)
+
+
+def why_reference(mhc_config: MHCConfig, config: Any) -> str | None:
+    """Why a model runs the reference on any GPU, by its settings alone; None where it will be the Triton kernels.
+
+    Raises:
+        ValueError: for backend ``triton`` where its kernels can't run.
+    """
+    if mhc_config.backend == "reference":
+        return "--mhc-backend reference"
+    reason = why_not_streams(mhc_config.num_streams, config.hidden_size, config.params_dtype)
+    if reason is not None and mhc_config.backend == "triton":
+        raise _refused(reason)
+    return reason
+
+
+def _refused(reason: str) -> ValueError:
+    return ValueError(f"MHCConfig.backend 'triton' (--mhc-backend): {reason}; use 'auto' or 'reference'")
 
 
 def check_backend(mhc_config: MHCConfig, config: Any, hidden_size: int, norm: RMSNorm | None) -> bool:
@@ -54,7 +72,7 @@ def check_backend(mhc_config: MHCConfig, config: Any, hidden_size: int, norm: RM
         return True
     elif mhc_config.backend == "triton":
         if reason is not None:
-            raise ValueError(f"MHCConfig.backend 'triton' (--mhc-backend): {reason}; use 'auto' or 'reference'")
+            raise _refused(reason)
         _report("triton, interpreted: for tests")
         return True
     _report(f"reference: {reason}")

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from mhc_megatron import check
+from mhc_megatron.quickstart import data
 from mhc_megatron.quickstart.data import Text
 from mhc_megatron.quickstart.jobs import megatron_arguments
 
@@ -47,6 +49,10 @@ PIPELINE = ("--pipeline-model-parallel-size=2",)
             ("--tokenizer-type=HuggingFaceTokenizer", "--tokenizer-model=/no/tokenizer"),
             "--tokenizer-model /no/tokenizer: ",
         ),
+        (
+            ("--enable-mhc", "--mhc-num-streams=9", "--mhc-backend=triton"),
+            "(--mhc-backend): the Triton kernels take 1 to 8 streams, not n = 9; use 'auto' or 'reference'",
+        ),
         (("--expert-model-parallel-size=4", *PIPELINE, "--expert-tensor-parallel-size=2"), "process groups: "),
     ],
     ids=lambda value: value[0].removeprefix("--") if isinstance(value, tuple) else "",
@@ -58,6 +64,67 @@ def test_refused(extra: tuple[str, ...], reason: str, capsys: pytest.CaptureFixt
     assert reason in told.err
     assert len(told.err.splitlines()) == 1
     assert not told.out
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return data.prepare(tmp_path_factory.mktemp("check")).prefix
+
+
+@pytest.mark.usefixtures("hooks")
+def test_whole_data(dataset: Path) -> None:
+    assert run(f"--data-path={dataset}") == 0
+
+
+@pytest.mark.parametrize(
+    ("suffix", "left", "reason"),
+    [
+        ("bin", 0, "the .bin file has 0 bytes, its index asks for "),
+        ("bin", 1000, "the .bin file has 1000 bytes, its index asks for "),
+        ("idx", 0, "bad header"),
+        ("idx", 12, "unpack requires a buffer"),
+        ("idx", 40, "buffer is smaller than requested size"),
+    ],
+)
+@pytest.mark.usefixtures("hooks")
+def test_data_cut_short(
+    suffix: str, left: int, reason: str, dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for of in ("bin", "idx"):
+        whole = dataset.with_name(f"{dataset.name}.{of}").read_bytes()
+        (tmp_path / f"text.{of}").write_bytes(whole[:left] if of == suffix else whole)
+    assert run(f"--data-path={tmp_path / 'text'}") == 1
+    told = capsys.readouterr().err
+    assert told.startswith(
+        f"check: FAILED: --data-path {tmp_path / 'text'}: not a whole indexed dataset, make it again: "
+    )
+    assert reason in told
+    assert len(told.splitlines()) == 1
+
+
+@pytest.mark.parametrize(("kind", "package"), [("HuggingFaceTokenizer", "transformers"), ("TikTokenizer", "tiktoken")])
+@pytest.mark.usefixtures("hooks")
+def test_tokenizer_without_its_package(
+    kind: str, package: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert run(f"--tokenizer-type={kind}", "--tokenizer-model=some") == 1
+    assert f"needs the Python package {package}: pip install {package}\n" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (("--mhc-num-streams=9",), "the Triton kernels take 1 to 8 streams, not n = 9"),
+        (("--mhc-backend=reference",), "--mhc-backend reference"),
+        (("--mhc-num-streams=8",), None),
+    ],
+)
+@pytest.mark.usefixtures("hooks")
+def test_slow_reference(arguments: tuple[str, ...], reason: str | None, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("--enable-mhc", *arguments) == 0
+    lines = [line.strip() for line in capsys.readouterr().out.splitlines() if "slow" in line]
+    assert lines == ([] if reason is None else [f"mHC runs its slow reference: {reason}"])
 
 
 @pytest.mark.usefixtures("hooks")

@@ -396,13 +396,39 @@ def test_command_says_what_to_change(launch: list[str], capsys: pytest.CaptureFi
         (["--mhc-num-streams", "2"], "no effect without --enable-mhc"),
         (["--num-experts", "9"], "multiple of expert model parallel"),
         (["--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", "x", "--vocab-size", "0"], "--vocab-size"),
-        (["--transformer-impl", "local", "--no-persist-layer-norm"], "--transformer-impl local is not covered"),
+        (["--enable-mhc", "--mhc-num-streams", "9", "--mhc-backend", "triton"], "1 to 8 streams, not n = 9"),
     ],
 )
 @pytest.mark.usefixtures("no_hooks_left")
 def test_refused_launches(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "--world-size", "8", *LAUNCH, *arguments]) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--transformer-impl", "local", "--no-persist-layer-norm"], "--transformer-impl local is not covered"),
+        (["--fp8-format", "hybrid"], "--fp8-format hybrid is not covered"),
+        (["--optimizer", "muon"], "--optimizer muon is not covered"),
+        (
+            ["--enable-mhc", "--mhc-num-streams", "9"],
+            "is not covered (the Triton kernels take 1 to 8 streams, not n = 9)",
+        ),
+        (
+            ["--enable-mhc", "--mhc-backend", "reference"],
+            "mHC on the slow reference is not covered (--mhc-backend reference)",
+        ),
+    ],
+)
+@pytest.mark.usefixtures("no_hooks_left")
+def test_not_covered(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """A status of its own: nothing is wrong with the launch."""
+    assert main(["plan", "--world-size", "8", *LAUNCH, *arguments]) == 3
+    told = capsys.readouterr()
+    assert message in told.err
+    assert told.err.count("plan: ") == 1
+    assert not told.out
 
 
 @pytest.mark.usefixtures("no_hooks_left")
