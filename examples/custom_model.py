@@ -25,6 +25,13 @@ from mhc_megatron import MHCConfig, to_mhc_spec
 VOCABULARY, LENGTH = 256, 64
 
 
+def parameter_groups(model: torch.nn.Module) -> list[dict]:
+    """No weight decay on mHC's phi, alpha and biases, as in the launcher; on the others as ever."""
+    own = [p for name, p in model.named_parameters() if ".hyper_connection." in name]
+    others = [p for name, p in model.named_parameters() if ".hyper_connection." not in name]
+    return [{"params": own, "weight_decay": 0.0}, {"params": others}]
+
+
 def main() -> None:
     for name, value in {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500", "RANK": "0", "WORLD_SIZE": "1"}.items():
         os.environ.setdefault(name, value)
@@ -53,7 +60,7 @@ def main() -> None:
     text = torch.tensor(list(Path(os.__file__).read_bytes()))
     positions = torch.arange(LENGTH, device="cuda").expand(8, -1)
     mask = torch.ones(LENGTH, LENGTH, dtype=torch.bool, device="cuda").triu(1)[None, None]
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    optimizer = torch.optim.AdamW(parameter_groups(model), lr=3e-3, weight_decay=0.1)
     for step in range(61):
         starts = torch.randint(0, len(text) - LENGTH - 1, (8,)).tolist()
         window = torch.stack([text[i : i + LENGTH + 1] for i in starts]).cuda()

@@ -46,7 +46,8 @@ def add_parser(commands: Any) -> None:
 def run(options: argparse.Namespace) -> int:
     """Run it; returns the exit status."""
     warnings.simplefilter("ignore")  # of every optional package that Megatron does without
-    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+    for chatty in ("torch.utils.cpp_extension", "megatron.core.datasets"):
+        logging.getLogger(chatty).setLevel(logging.ERROR)
     told = io.StringIO()
     try:
         with contextlib.redirect_stderr(told):  # every argument's value, and Megatron's warnings

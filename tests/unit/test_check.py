@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -107,7 +108,8 @@ def test_data_cut_short(
 def test_tokenizer_without_its_package(
     kind: str, package: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    find = importlib.util.find_spec
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, *of: None if name == package else find(name, *of))
     assert run(f"--tokenizer-type={kind}", "--tokenizer-model=some") == 1
     assert f"needs the Python package {package}: pip install {package}\n" in capsys.readouterr().err
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import runpy
 import shlex
 import subprocess
 import sys
@@ -10,6 +12,10 @@ from pathlib import Path
 
 import pytest
 
+from mhc_megatron import MHCConfig
+from mhc_megatron.quickstart import data
+from mhc_megatron.residual.hyper_connection import MHC_PARAMETER
+from tests import models
 from tests.examples import EXAMPLES, environment, launch
 
 # arXiv 2512.24880, table 5: total and active parameters, learning rate, batch, steps.
@@ -18,6 +24,7 @@ PAPER = {
     "9b": (9.18e9, 1.66e9, "5.9e-4", 512, 50000),
     "27b": (27.0e9, 4.14e9, "4.0e-4", 1280, 50000),
 }
+ONLY_TEXT = {"MOCK_DATA": "0", "TOKENIZER_TYPE": "NullTokenizer"}
 UNITS = {"B": 1e9, "M": 1e6}
 
 
@@ -45,6 +52,9 @@ def parameters(output: str) -> tuple[float, float]:
         ("3b", "torchrun.sh", "mhc"),
         ("9b", "torchrun.sh", "hc"),
         ("27b", "torchrun.sh", "mhc"),
+        ("9b", "torchrun.sh", "mhc"),
+        ("3b", "slurm.sh", "mhc"),
+        ("9b", "slurm.sh", "mhc"),
         ("27b", "slurm.sh", "residual"),
     ],
 )
@@ -80,6 +90,56 @@ def test_dry_run_fails_on_what_megatron_refuses() -> None:
     assert done.stderr == "check: FAILED: unrecognized arguments: --no-such-flag 3\n"
 
 
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"EXTRA_ARGS": "--fp8-format hybrid"}, "--fp8-format hybrid is not covered"),
+        ({"EXTRA_ARGS": "--optimizer muon"}, "--optimizer muon is not covered"),
+        ({"STREAMS": "9"}, "(the Triton kernels take 1 to 8 streams, not n = 9)"),
+    ],
+)
+def test_dry_run_of_what_the_planner_does_not_cover(settings: dict[str, str], reason: str) -> None:
+    done = launch("3b", DRY_RUN=1, MOCK_DATA=1, **settings)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "accepts these arguments on 64 GPUs" in done.stdout
+    assert reason in done.stderr
+    assert done.stdout.endswith("whether they fit into memory is not known.\n")
+    assert ("mHC runs its slow reference" in done.stdout) == ("STREAMS" in settings)
+
+
+def command(folder: Path, **settings: object) -> list[str]:
+    """The words of the command that would run, by a Python that accepts everything."""
+    accepts = folder / "accepts"
+    accepts.write_text("#!/bin/sh\n")
+    accepts.chmod(0o755)
+    done = launch("3b", DRY_RUN=1, PYTHON=accepts, PRETRAIN_SCRIPT=__file__, **settings)
+    assert done.returncode == 0, done.stderr
+    (line,) = [line for line in done.stdout.splitlines() if "mhc_megatron pretrain" in line]
+    return shlex.split(line)
+
+
+def test_arguments_on_several_lines(tmp_path: Path) -> None:
+    given = "--weight-decay 0.2\n  --clip-grad 0.5\t--seed\n3\n"
+    assert command(tmp_path, MOCK_DATA=1, EXTRA_ARGS=given)[-6:] == given.split()
+
+
+def test_quotes_are_characters(tmp_path: Path) -> None:
+    """As README.md says: a value can't have spaces."""
+    words = command(tmp_path, MOCK_DATA=1, EXTRA_ARGS="--wandb-project \"a b\" '\\'")
+    assert words[-4:] == ["--wandb-project", '"a', 'b"', "'\\'"]
+
+
+def test_data_on_several_lines(tmp_path: Path) -> None:
+    blend = f"0.3 {tmp_path / 'a'}\n0.7 {tmp_path / 'b'}\n"
+    for name in ("a.bin", "a.idx", "b.bin", "b.idx"):
+        (tmp_path / name).write_text("text")
+    there = {"DATA_PATH": blend, "TOKENIZER_TYPE": "NullTokenizer"}
+    words = command(tmp_path, **there)
+    assert words[words.index("--data-path") + 1 :][:5] == [*blend.split(), "--split"]
+    (tmp_path / "b.idx").unlink()
+    assert f"DATA_PATH: {tmp_path / 'b'}.idx does not exist" in launch("3b", DRY_RUN=1, **there).stderr
+
+
 def test_larger_groups() -> None:
     """Megatron accepts them, and they fit."""
     done = launch("27b", DRY_RUN=1, MOCK_DATA=1, MICROBATCH_GROUP=5)
@@ -111,8 +171,9 @@ def test_larger_groups() -> None:
         ({"MICROBATCH_GROUP": "3"}, "MICROBATCH_GROUP=3 must be from PP=4 to the 40 microbatches"),
         ({"MICROBATCH_GROUP": "6", "GLOBAL_BATCH": "256"}, "must not leave a last group of fewer than PP"),
         ({"MOCK_DATA": "0"}, "DATA_PATH is not set"),
-        ({"MOCK_DATA": "0", "DATA_PATH": "/no/text"}, "DATA_PATH: /no/text.bin does not exist"),
-        ({"MOCK_DATA": "0", "DATA_PATH": "0.5 /no/a 0.5 /no/b"}, "DATA_PATH: /no/a.bin does not exist"),
+        ({"MOCK_DATA": "0", "DATA_PATH": " \n"}, "DATA_PATH is not set"),
+        ({**ONLY_TEXT, "DATA_PATH": "/no/text"}, "DATA_PATH: /no/text.bin does not exist"),
+        ({**ONLY_TEXT, "DATA_PATH": "0.5 /no/a 0.5 /no/b"}, "DATA_PATH: /no/a.bin does not exist"),
         ({"MEGATRON": "/no/megatron", "NNODES": "1", "EP": "2"}, "no training script at /no/megatron/pretrain_gpt.py"),
         ({"PYTHON": "/bin/true_", "NNODES": "1", "EP": "2"}, "'/bin/true_' has no mhc_megatron"),
         ({"WARMUP_STEPS": "50000"}, "WARMUP_STEPS=50000 must be less than TRAIN_STEPS=50000"),
@@ -133,11 +194,29 @@ def test_bad_input(settings: dict[str, str], message: str) -> None:
 
 def test_missing_tokenizer(tmp_path: Path) -> None:
     for suffix in ("bin", "idx"):
-        (tmp_path / f"text.{suffix}").touch()
+        (tmp_path / f"text.{suffix}").write_text("text")
     there = {"MOCK_DATA": "0", "DATA_PATH": tmp_path / "text"}
     assert "TOKENIZER_MODEL is not set" in launch("27b", **there).stderr
     missing = launch("27b", **there, TOKENIZER_MODEL="/no/tokenizer")
     assert "TOKENIZER_MODEL: /no/tokenizer does not exist" in missing.stderr
+
+
+def test_empty_data(tmp_path: Path) -> None:
+    (tmp_path / "text.bin").touch()
+    done = launch("27b", MOCK_DATA=0, DATA_PATH=tmp_path / "text", TOKENIZER_TYPE="NullTokenizer")
+    assert done.returncode == 2
+    assert f"DATA_PATH: {tmp_path / 'text'}.bin is empty; make the dataset again" in done.stderr
+
+
+def test_dry_run_opens_the_data(tmp_path: Path) -> None:
+    text = data.prepare(tmp_path).prefix
+    there = {"DATA_PATH": text, "TOKENIZER_TYPE": "NullTokenizer"}
+    size = text.with_name("text.bin").stat().st_size
+    os.truncate(text.with_name("text.bin"), size - 1)
+    done = launch("3b", DRY_RUN=1, **there)
+    assert done.returncode == 1
+    why = f"not a whole indexed dataset, make it again: the .bin file has {size - 1} bytes, its index asks for {size}"
+    assert done.stderr == f"check: FAILED: --data-path {text}: {why}\n"
 
 
 def test_unknown_size() -> None:
@@ -148,7 +227,7 @@ def test_unknown_size() -> None:
 class TestSlurm:
     """slurm.sh under stand-ins for srun and scontrol, which record what they are told."""
 
-    def submit(self, folder: Path, saved: int, status: int, **settings: object) -> tuple[int, str, str]:
+    def submit(self, folder: Path, saved: int | str, status: int, **settings: object) -> tuple[int, str, str]:
         """Run it as batch job 77 whose training gets to iteration ``saved`` and ends with this status."""
         checkpoints = folder / "checkpoints"
         checkpoints.mkdir(exist_ok=True)
@@ -168,13 +247,12 @@ class TestSlurm:
             SLURM_SUBMIT_DIR=EXAMPLES.parent,
             SLURM_JOB_NUM_NODES=2,
             SLURM_GPUS_PER_NODE="h100:4",
-            SRUN_ARGS="--export=ALL",
+            SRUN_ARGS="--export=ALL\n--label\n",
             SLURM_JOB_NODELIST="node[7-8]",
             CHECKPOINTS=checkpoints,
-            MOCK_DATA=1,
             TRAIN_STEPS=100,
             GLOBAL_BATCH=320,
-            **settings,
+            **{"MOCK_DATA": 1, **settings},
         )
         env["PATH"] = f"{folder}:{env['PATH']}"
         done = subprocess.run(["bash", str(script), "3b"], capture_output=True, text=True, env=env)
@@ -188,7 +266,7 @@ class TestSlurm:
         assert told == "requeue 77\n"
         srun = (tmp_path / "srun.log").read_text()
         assert srun.startswith(
-            "--nodes 2 --ntasks-per-node 1 --kill-on-bad-exit=1 --cpu-bind=none --export=ALL bash -c"
+            "--nodes 2 --ntasks-per-node 1 --kill-on-bad-exit=1 --cpu-bind=none --export=ALL --label bash -c"
         )
         assert srun.endswith("3b MASTER=node7 JOB=77-0 GPUS=4\n")
 
@@ -207,7 +285,22 @@ class TestSlurm:
         assert self.submit(tmp_path, saved=100, status=0)[::2] == (0, "")
 
     def test_switched_off(self, tmp_path: Path) -> None:
-        assert self.submit(tmp_path, saved=40, status=1, REQUEUE=0)[::2] == (1, "")
+        """Slurm's own requeueing as well."""
+        assert self.submit(tmp_path, saved=40, status=1, REQUEUE=0)[::2] == (1, "update JobId=77 Requeue=0\n")
+
+    def test_a_checkpoint_that_is_no_iteration(self, tmp_path: Path) -> None:
+        """Megatron's "release", of a converted model: training goes on from 0."""
+        assert self.submit(tmp_path, saved="release", status=1)[::2] == (1, "")
+        status, output, told = self.submit(tmp_path, saved=40, status=1)
+        assert (status, told) == (1, "requeue 77\n"), output
+
+    def test_data_is_looked_for_on_the_nodes(self, tmp_path: Path) -> None:
+        """This host may be outside of their container."""
+        there = {"MOCK_DATA": 0, "DATA_PATH": "/only/there/text", "TOKENIZER_MODEL": "/only/there/tokenizer"}
+        status, output, _ = self.submit(tmp_path, saved=100, status=0, **there)
+        assert status == 0, output
+        assert (tmp_path / "srun.log").exists()
+        assert "/only/there/text.bin does not exist" in launch("3b", **there).stderr
 
 
 def test_custom_model() -> None:
@@ -219,3 +312,13 @@ def test_custom_model() -> None:
     losses = [float(loss) for loss in re.findall(r"loss (\S+)", done.stdout)]
     assert losses[0] > 5
     assert losses[-1] < 3.2
+
+
+@pytest.mark.usefixtures("one_process")
+def test_custom_model_decays_no_mhc_parameter() -> None:
+    groups = runpy.run_path(str(EXAMPLES / "custom_model.py"))["parameter_groups"]
+    model = models.build(models.make_config(), MHCConfig(profile="deepseek-v4"))
+    own, others = groups(model)
+    assert {id(p) for p in own["params"]} == {id(p) for p in model.parameters() if hasattr(p, MHC_PARAMETER)}
+    assert own["weight_decay"] == 0
+    assert len(own["params"]) + len(others["params"]) == len(list(model.parameters()))
