@@ -62,6 +62,7 @@ after=$(latest)
 # Back into the queue if there is more to train and this run got as far as a new checkpoint: one that did not would fail again.
 if ((after < TRAIN_STEPS && after > before && REQUEUE)); then
     echo "mhc-megatron: exit status $status at iteration $after of $TRAIN_STEPS; requeued to go on from there"
-    scontrol requeue "$SLURM_JOB_ID"
+    scontrol requeue "$SLURM_JOB_ID" ||
+        echo "mhc-megatron: Slurm does not requeue it (sbatch --no-requeue?): submit it again to go on" >&2
 fi
 exit "$status"

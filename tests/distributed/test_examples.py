@@ -60,21 +60,53 @@ def test_full_disk(folder: Path, full_disk: Run) -> None:
     assert (folder / "run" / "latest_checkpointed_iteration.txt").read_text() == str(SAVED)
 
 
-def test_killed_rank_is_restarted(folder: Path, whole: dict[int, float], full_disk: Run) -> None:
-    """SIGKILL of a rank, on two "nodes" with a launcher each: both start again, and the loss curve is the uninterrupted one.
-
-    They begin where the full disk ended a run; what that left behind is no hindrance.
-    """
+def killed(folder: Path, restarts: int) -> tuple[Run, str]:
+    """A run from iteration SAVED on two "nodes" with a launcher each, a rank of the second killed after an iteration, to its end;
+    and the second launcher's exit status."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    two_nodes = {"NNODES": 2, "GPUS_PER_NODE": 1, "MASTER_ADDR": "localhost", "MASTER_PORT": port, "MAX_RESTARTS": 1}
-    run = start(folder, 'NODE_RANK=1 bash "$0" "$1" &', **two_nodes).until(SAVED + 1)
+    two_nodes = {
+        "NNODES": 2,
+        "GPUS_PER_NODE": 1,
+        "MASTER_ADDR": "localhost",
+        "MASTER_PORT": port,
+        "MAX_RESTARTS": restarts,
+    }
+    status = folder / f"status-{restarts}"
+    second = f'(NODE_RANK=1 bash "$0" "$1"; echo $? > {status}) &'
+    run = start(folder, second, **two_nodes).until(SAVED + 1)
     run.rank(1).send_signal(signal.SIGKILL)
     run.until()
-    left_behind = run.left_behind()
+    assert run.left_behind() == []
+    return run, status.read_text().strip()
+
+
+@pytest.fixture(scope="module")
+def not_restarted(folder: Path, full_disk: Run) -> tuple[Run, str]:
+    return killed(folder, restarts=0)
+
+
+def test_killed_rank_without_restarts(folder: Path, not_restarted: tuple[Run, str]) -> None:
+    """Both launchers end, as failures, and leave the checkpoint: the next test goes on from it."""
+    run, second = not_restarted
+    assert run.process.returncode != 0
+    assert second not in ("", "0")
+    assert [iteration for iteration, _ in run.losses][:1] == [SAVED + 1]
+    assert run.losses[-1][0] < STEPS
+    assert (folder / "run" / "latest_checkpointed_iteration.txt").read_text() == str(SAVED)
+
+
+def test_killed_rank_is_restarted(
+    folder: Path, whole: dict[int, float], full_disk: Run, not_restarted: tuple[Run, str]
+) -> None:
+    """SIGKILL of a rank: both launchers start again, and the loss curve is the uninterrupted one.
+
+    They begin where a full disk and a killed rank ended runs; what those left behind is no hindrance.
+    """
+    run, second = killed(folder, restarts=1)
+    assert second == "0"
     assert run.process.returncode == 0, run.output[-4000:]
-    assert left_behind == []
     starts = [n for n, (iteration, _) in enumerate(run.losses) if iteration == SAVED + 1]
     assert len(starts) == 2, "not restarted from the checkpoint"
     for losses in (run.losses[: starts[1]], run.losses[starts[1] :], full_disk.losses):

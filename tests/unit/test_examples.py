@@ -237,6 +237,7 @@ class TestSlurm:
         )
         (folder / "scontrol").write_text(
             f'#!/bin/sh\n[ "$1" = show ] && {{ echo node7; echo node8; exit; }}\necho "$@" >> {folder}/scontrol.log\n'
+            '[ "$1" != "$REFUSED" ]\n'
         )
         for name in ("srun", "scontrol"):
             (folder / name).chmod(0o755)
@@ -280,6 +281,12 @@ class TestSlurm:
         """EXIT_AFTER_MINUTES ends a run in good order: it goes on later."""
         status, _, told = self.submit(tmp_path, saved=60, status=0)
         assert (status, told) == (0, "requeue 77\n")
+
+    def test_slurm_refuses_to_requeue(self, tmp_path: Path) -> None:
+        """After sbatch --no-requeue."""
+        status, output, _ = self.submit(tmp_path, saved=60, status=0, REFUSED="requeue")
+        assert status == 0
+        assert "Slurm does not requeue it (sbatch --no-requeue?): submit it again" in output
 
     def test_the_end(self, tmp_path: Path) -> None:
         assert self.submit(tmp_path, saved=100, status=0)[::2] == (0, "")
