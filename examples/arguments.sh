@@ -215,7 +215,7 @@ if [[ $MODE != residual ]]; then
     )
     # Off where it has no effect: without the Triton kernels and under full recompute.
     if [[ $MHC_RECOMPUTE == auto ]]; then
-        [[ $CPU == 1 || $RECOMPUTE == full || $MHC_BACKEND == reference ]] && MHC_RECOMPUTE=0 || MHC_RECOMPUTE=1
+        [[ $CPU == 1 || $RECOMPUTE == full || $MHC_BACKEND == reference || STREAMS -gt 8 ]] && MHC_RECOMPUTE=0 || MHC_RECOMPUTE=1
     fi
     ((MHC_RECOMPUTE)) && MHC+=(--mhc-recompute)
 fi

@@ -105,6 +105,7 @@ def test_dry_run_of_what_the_planner_does_not_cover(settings: dict[str, str], re
     assert reason in done.stderr
     assert done.stdout.endswith("whether they fit into memory is not known.\n")
     assert ("mHC runs its slow reference" in done.stdout) == ("STREAMS" in settings)
+    assert ("--mhc-recompute" in done.stdout) == ("STREAMS" not in settings), "without the kernels it has no effect"
 
 
 def command(folder: Path, **settings: object) -> list[str]:
