@@ -15,10 +15,11 @@ Span = tuple[float, float]
 
 
 class Rank(NamedTuple):
-    """Of one rank, in ms: start and end of transfers' kernels by stream, and when anything else ran."""
+    """Of one rank, in ms: start and end of transfers' kernels by stream, when anything else ran, and how long that was by name."""
 
     transfers: dict[int, list[Span]]
     computing: list[Span]
+    kernels: dict[str, float]
 
 
 class Moved(NamedTuple):
@@ -33,6 +34,7 @@ def recorded(profiler: Any) -> Rank:
     """What a `torch.profiler.profile` of CUDA saw on this rank. Times of ranks of one host are comparable."""
     transfers: dict[int, list[Span]] = defaultdict(list)
     others = []
+    kernels: dict[str, float] = defaultdict(float)
     for event in profiler.profiler.kineto_results.events():
         if "CUDA" not in str(event.device_type()) or event.duration_ns() <= 0:
             continue
@@ -41,7 +43,8 @@ def recorded(profiler: Any) -> Rank:
             transfers[event.device_resource_id()].append(span)
         elif "DtoD" not in event.name():  # the local copies that stand for transfers
             others.append(span)
-    return Rank({stream: sorted(spans) for stream, spans in transfers.items()}, union(others))
+            kernels[event.name()] += span[1] - span[0]
+    return Rank({stream: sorted(spans) for stream, spans in transfers.items()}, union(others), dict(kernels))
 
 
 def union(spans: list[Span]) -> list[Span]:
@@ -62,6 +65,15 @@ def slowed(rank: Rank, alone: Rank) -> str:
         f"computes {computing:.1f} ms, {computing_alone:.1f} without transfers ({computing - computing_alone:+.1f}); "
         f"not in {step - computing:.1f}, {step_alone - computing_alone:.1f} ms"
     )
+
+
+def longer(rank: Rank, alone: Rank, count: int = 4) -> str:
+    """What is slower beside transfers: the kernels whose times in a step differ most from those in one without."""
+    more = {name: ms - alone.kernels.get(name, 0.0) for name, ms in rank.kernels.items()}
+    most = sorted(more, key=lambda name: -more[name])[:count]
+    rest = sum(more.values()) - sum(more[name] for name in most)
+    named = [f"{more[name]:+.1f} ms to {alone.kernels.get(name, 0.0):.1f} {name[:60]}" for name in most]
+    return "; ".join([*named, f"{rest:+.1f} all others"])
 
 
 def _lengths(rank: Rank) -> tuple[float, float]:

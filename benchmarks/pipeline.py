@@ -272,7 +272,7 @@ def _time(runs: list[Run], results: dict[str, dict[str, Any]], vpp: int, options
 
 
 def _trace(run: Run, picture: Path) -> None:
-    from matched import describe, recorded, slowed
+    from matched import describe, longer, recorded, slowed
     from timeline import draw
     from torch.profiler import ProfilerActivity, profile
 
@@ -286,7 +286,7 @@ def _trace(run: Run, picture: Path) -> None:
         busy = draw(profiler, picture, f"{run.name}, rank 0")
         print(f"{run.name}: rank 0 computes {busy:.0%} of a step (while a profiler watches)")
         for rank, (alone, own) in enumerate(zip(*seen, strict=True)):
-            print(f"    rank {rank} {slowed(own, alone)}")
+            print(f"    rank {rank} {slowed(own, alone)}\n        {longer(own, alone)}")
         print(describe(*seen[1][:2]), flush=True)
 
 

@@ -1,11 +1,11 @@
 """The planner's schedule simulator against what `pipeline.py` measured.
 
-    python benchmarks/simulated.py RESULTS.json ... [--latency 20] [--forward 0.38]
+    python benchmarks/simulated.py RESULTS.json ... [--latency 20] [--forward 0.38] [--slowed 0.09]
 
 Takes from each result the link's speed and the step with local copies; from that, how long a chunk computes. Simulates
 the step with the transfers and prints the measured and the simulated exposed time, and by how much the simulated step is
 off. --latency: of a transfer, microseconds. --forward: the forward pass's share of a chunk's time (0.38 in
-results/h200_27b.json).
+results/h200_27b.json). --slowed: by how much longer computation takes beside a transfer.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from blocks import SHAPES
 from mhc_megatron.plan.gpus import GPUS
 from mhc_megatron.plan.report import KINDS
 from mhc_megatron.plan.run import Chunk, Run
-from mhc_megatron.plan.schedule import Result, Schedule, exchange, simulate
+from mhc_megatron.plan.schedule import SLOWED, Result, Schedule, exchange, simulate
 from mhc_megatron.plan.traffic import chunk_seconds
 
 STREAMS = 4
@@ -41,8 +41,9 @@ def last_sublayer_share(layers: int, sequence: int) -> float:
     return chunk_seconds(run, Chunk(0, 0, 0, layers, False, False), GPUS["h200"], 1.0)[2]
 
 
-def simulated(settings: dict[str, Any], vpp: int, kind: str, local: float, latency: float, forward: float) -> Result:
-    """The step of one row. local: seconds of the step with local copies; forward: share of a pass's time."""
+def simulated(settings: dict[str, Any], vpp: int, kind: str, local: float, options: argparse.Namespace) -> Result:
+    """The step of one row. local: seconds of the step with local copies."""
+    forward = options.forward
     tokens = settings["microbatch"] * settings["sequence"]
     stages = settings["stages"]
     share = last_sublayer_share(settings["layers"] // (stages * vpp), settings["sequence"])
@@ -57,7 +58,8 @@ def simulated(settings: dict[str, Any], vpp: int, kind: str, local: float, laten
             forward * both,
             (1 - forward) * both,
             bandwidth=settings["gb_per_s"] * 1e9,
-            latency=latency,
+            latency=options.latency / 1e6,
+            slowed=options.slowed,
             chunks=vpp,
             group=settings.get("group"),
             warmup_flush=settings.get("warmup_flush", False) and vpp > 1,
@@ -73,6 +75,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("results", type=Path, nargs="+")
     parser.add_argument("--latency", type=float, default=20.0)
     parser.add_argument("--forward", type=float, default=0.38)
+    parser.add_argument("--slowed", type=float, default=SLOWED)
     options = parser.parse_args(argv)
     for path in options.results:
         written = json.loads(path.read_text())
@@ -83,9 +86,7 @@ def main(argv: list[str] | None = None) -> None:
             for kind, row in kinds.items():
                 if kind.partition(":")[0] not in KINDS:
                     continue
-                result = simulated(
-                    settings, int(vpp), kind, row["local_ms"] / 1e3, options.latency / 1e6, options.forward
-                )
+                result = simulated(settings, int(vpp), kind, row["local_ms"] / 1e3, options)
                 off = (result.step * 1e3 / row["step_ms"] - 1) * 100
                 measured = f"{row['step_ms']:13.2f} {row['exposed_ms']:9.2f}"
                 print(

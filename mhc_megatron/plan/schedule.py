@@ -6,8 +6,10 @@ latency + bytes / bandwidth. With split transfers (`mhc_megatron.pipeline`) two 
 before the last sublayer of a chunk runs, as far as `mhc_megatron.pipeline.passes` has it, and their gradient is needed only when
 that sublayer's backward is over; transfers that it does not split carry n*C.
 
-Not modelled: kernels that communication slows down, the host, data- and expert-parallel traffic (in the compute times), NCCL's
-choice of one stream for both directions of a pair.
+Computation beside a transfer takes longer (`SLOWED`): what is hidden is not free.
+
+Not modelled: transfers that computation slows down, receives that wait (over NVLink they slow computation as well), the host,
+data- and expert-parallel traffic (in the compute times), NCCL's choice of one stream for both directions of a pair.
 """
 
 from __future__ import annotations
@@ -20,6 +22,9 @@ from dataclasses import dataclass, field, replace
 from mhc_megatron.pipeline.passes import Plan
 from mhc_megatron.plan.order import Compute, Instruction, Order, Post, Wait
 
+SLOWED = 0.09
+"""`Schedule.slowed` where NCCL's kernels move the data. It fits what `benchmarks/pipeline.py` measured on two H100s over shared
+memory (`benchmarks/simulated.py`); matrix products take most of it (`benchmarks/README.md`)."""
 _ENOUGH = 4  # groups of microbatches that have a warm-up, a steady state and a cool-down
 
 Times = float | Sequence[Sequence[float]]
@@ -36,6 +41,8 @@ class Schedule:
         side: bytes of streams that cross apart from the schedule's own tensor (split); 0: none.
         forward_share, backward_share: the last sublayer's part of a pass's time: what the streams hide behind.
         bandwidth: bytes per second and direction; latency: seconds.
+        slowed: by how much longer a rank's computation takes beside a transfer of its own that moves, 0.1: by a tenth; beside
+            several by as much for each.
     """
 
     stages: int
@@ -53,6 +60,7 @@ class Schedule:
     forward_share: float = 0
     backward_share: float = 0
     latency: float = 0
+    slowed: float = 0
 
     @property
     def order(self) -> Order:
@@ -174,6 +182,15 @@ class _Ends:
         self.waiting: list[int] = []
 
 
+class _Computing:
+    """What a rank computes: ``left`` seconds of it at ``since``, if nothing moves beside."""
+
+    def __init__(self, left: float, since: float):
+        self.left, self.since, self.pace = left, since, 0.0
+        self.planned = 0
+        """Which event ends it: the last one that was planned."""
+
+
 class _Streams:
     """A rank's split transfers, as far as it has come."""
 
@@ -211,9 +228,13 @@ class _Streams:
 class _Simulation:
     def __init__(self, schedule: Schedule):
         self.schedule, self.now = schedule, 0.0
-        self.events: list[tuple[float, int, int | _Ends]] = []  # a rank goes on; a transfer ends
+        # A rank goes on: after a wait (0), when its computation ends (`_Computing.planned`). A transfer begins to move (1), stops
+        # (-1), is over (0).
+        self.events: list[tuple[float, int, int | _Ends, int]] = []
         self.count = 0
         self.links: dict[tuple[int, int], float] = defaultdict(float)
+        self.moving = [0] * schedule.stages
+        self.computing: list[_Computing | None] = [None] * schedule.stages
         # What one end has posted and the other has not yet, by channel; and what a rank has not waited for yet.
         self.half: dict[tuple[int, int, bool, bool, bool], deque[_Ends]] = defaultdict(deque)
         self.handles: dict[tuple[int, bool, bool, bool], deque[_Ends]] = defaultdict(deque)
@@ -228,12 +249,20 @@ class _Simulation:
         for rank in range(stages):
             self._at(0.0, rank)
         while self.events:
-            self.now, _, event = heapq.heappop(self.events)
+            self.now, _, event, kind = heapq.heappop(self.events)
             if isinstance(event, _Ends):
+                if kind:
+                    self._moves(event, kind)
+                    continue
                 event.done = self.now
                 for rank in event.waiting:
                     self._at(self.now, rank)
                 continue
+            if kind:
+                computing = self.computing[event]
+                if computing is None or computing.planned != kind:
+                    continue  # planned anew since
+                self.computing[event] = None
             try:
                 wanted = next(ranks[event])
             except StopIteration:
@@ -242,14 +271,30 @@ class _Simulation:
             if isinstance(wanted, _Ends):
                 wanted.waiting.append(event)
             else:
-                self._at(self.now + wanted, event)
+                self.computing[event] = _Computing(wanted, self.now)
+                self._pace(event)
         if min(ends) < 0:
             raise RuntimeError(f"the schedule stands still: ranks {[r for r in range(stages) if ends[r] < 0]} wait")
         return max(ends), self.spans, self.transfers
 
-    def _at(self, time: float, event: int | _Ends) -> None:
+    def _at(self, time: float, event: int | _Ends, kind: int = 0) -> None:
         self.count += 1
-        heapq.heappush(self.events, (time, self.count, event))
+        heapq.heappush(self.events, (time, self.count, event, kind))
+
+    def _moves(self, ends: _Ends, change: int) -> None:
+        """A transfer begins to move (1) or stops (-1)."""
+        for rank in (ends.source, ends.target):
+            self.moving[rank] += change
+            self._pace(rank)
+
+    def _pace(self, rank: int) -> None:
+        """Plan the end of what a rank computes, if it does, by what moves beside it now."""
+        computing, pace = self.computing[rank], 1 / (1 + self.schedule.slowed * self.moving[rank])
+        if computing is not None and pace != computing.pace:
+            computing.left -= (self.now - computing.since) * computing.pace
+            computing.since, computing.pace = self.now, pace
+            computing.planned = self.count + 1
+            self._at(self.now + computing.left / pace, rank, computing.planned)
 
     def _rank(self, rank: int, instructions: list[Instruction]) -> Iterator[float | _Ends]:
         """A rank's life: yields how long it computes, or the transfer that it waits for."""
@@ -340,6 +385,9 @@ class _Simulation:
         start = max(self.now, self.links[link])
         busy = ends.size / schedule.bandwidth
         self.links[link] = start + busy
+        if schedule.slowed and busy:
+            self._at(start, ends, 1)
+            self._at(start + busy, ends, -1)
         end = start + busy + schedule.latency
         self.transfers.append(Transfer(ends.source, ends.target, ends.forward, ends.side, start, end))
         self._at(end, ends)

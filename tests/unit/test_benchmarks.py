@@ -94,15 +94,16 @@ def test_pipeline_is_timed_as_users_run_it() -> None:
 def test_transfers_are_matched(monkeypatch: pytest.MonkeyPatch) -> None:
     """Data moves from when the later end is there; what one rank computes beside counts once."""
     monkeypatch.syspath_prepend(str(BENCHMARKS))
-    from matched import Moved, Rank, describe, match, slowed, union
+    from matched import Moved, Rank, describe, longer, match, slowed, union
 
     assert union([(3.0, 4.0), (0.0, 1.0), (0.5, 2.0)]) == [(0.0, 2.0), (3.0, 4.0)]
-    first = Rank({7: [(0.0, 10.0), (20.0, 24.0)], 8: [(0.0, 1.0)]}, [(0.0, 7.0)])
-    second = Rank({7: [(6.0, 10.0), (18.0, 24.0)], 8: []}, [(5.0, 8.0), (21.0, 22.0)])
+    first = Rank({7: [(0.0, 10.0), (20.0, 24.0)], 8: [(0.0, 1.0)]}, [(0.0, 7.0)], {"product": 5.0, "norm": 2.0})
+    second = Rank({7: [(6.0, 10.0), (18.0, 24.0)], 8: []}, [(5.0, 8.0), (21.0, 22.0)], {"product": 7.5, "norm": 1.0})
     assert match(first, second) == {7: [Moved(4.0, 6.0, 2.0), Moved(4.0, 2.0, 1.0)]}
     assert describe(first, second) == (
         "    stream 7: 2 transfers, moving 4.00 ms (4.00 to 4.00), 38% of that beside computation; waiting 4.00, 8 in all"
     )
+    assert longer(second, first, 1) == "+2.5 ms to 5.0 product; -1.0 all others"
     assert slowed(second, first) == "computes 4.0 ms, 7.0 without transfers (-3.0); not in 13.0, 0.0 ms"
 
 

@@ -295,7 +295,7 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert f"With {larger['arguments']} (peak" in text
     assert larger["peak"] > plan["peak"]
     with_groups = {row["kind"]: row["exposed"] for row in larger["pipeline"]}
-    assert with_groups["wide"] < exposed["wide"] / 2
+    assert with_groups["wide"] < 0.6 * exposed["wide"]  # what is hidden slows computation down
     for stage in plan["stages"]:
         modes = stage["modes"]
         assert modes["residual"]["total"] < modes["recompute"]["total"] < modes["mhc"]["total"]

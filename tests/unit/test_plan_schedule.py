@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import json
 import random
@@ -55,6 +56,14 @@ def test_one_microbatch_by_hand() -> None:
     result = simulate(Schedule(2, 1, 1.0, 2.0, transfer=10.0, bandwidth=2.0, latency=1.0))
     assert (result.step, result.free, result.exposed) == (18.0, 6.0, 12.0)
     assert [(t.source, t.target, t.start, t.end) for t in result.transfers] == [(0, 1, 1.0, 7.0), (1, 0, 10.0, 16.0)]
+
+
+def test_computation_is_slower_beside_a_transfer() -> None:
+    """Half as slow again for the 3 s in which the first microbatch's output leaves, and for no other: 2 of its 4 s are done."""
+    result = simulate(Schedule(2, 2, 4.0, 8.0, transfer=3.0, bandwidth=1.0, send_waits=False, slowed=0.5))
+    sender, receiver = result.rank(0), result.rank(1)
+    assert [(span.start, span.end) for span in sender[:2]] == [(0.0, 4.0), (4.0, pytest.approx(9.0))]
+    assert (receiver[0].start, receiver[0].end) == (7.0, 11.0)  # it receives the second one after its backward pass
 
 
 def test_split_by_hand() -> None:
@@ -223,10 +232,11 @@ def test_benchmark_of_the_simulator(tmp_path: Path) -> None:
         "gb_per_s": 36.0,
         "device": "none",
     }
+    options = argparse.Namespace(latency=0.0, forward=0.38, slowed=0.0)
     for vpp in (1, 2, 4):
         exposed = {}
         for kind in ("residual", "wide-stock", "wide", "split"):
-            result = simulated.simulated(settings, vpp, kind, 0.4, 0.0, 0.38)
+            result = simulated.simulated(settings, vpp, kind, 0.4, options)
             assert abs(result.free - 0.4) < 1e-9
             exposed[kind] = result.exposed
         assert 0 < exposed["residual"] < exposed["wide"] <= exposed["wide-stock"]
@@ -237,7 +247,7 @@ def test_benchmark_of_the_simulator(tmp_path: Path) -> None:
     }
     written = tmp_path / "results.json"
     written.write_text(json.dumps({"settings": settings, "results": {"4": rows}}))
-    simulated.main([str(written), "--latency", "0"])
+    simulated.main([str(written), "--latency", "0", "--slowed", "0"])
 
 
 def _record(settings: dict[str, Any], microbatches: int) -> None:
