@@ -15,7 +15,7 @@ Span = tuple[float, float]
 
 
 class Rank(NamedTuple):
-    """Of one rank, in ms: start and end of transfers' kernels by stream, when anything else ran, and how long that was by name."""
+    """Of one rank, in ms: start and end of transfers' kernels by stream, when anything else ran, and for how long by name."""
 
     transfers: dict[int, list[Span]]
     computing: list[Span]
