@@ -93,9 +93,8 @@ def check_contiguous(**tensors: Tensor | None) -> None:
             )
 
 
-def check_same_device(**tensors: Tensor) -> None:
-    """Raises ValueError naming the first tensor that is on another device than the first one."""
-    (first, expected), *others = tensors.items()
-    for name, tensor in others:
-        if tensor.device != expected.device:
-            raise ValueError(f"{name} is on {tensor.device}, {first} on {expected.device}: move them to one device")
+def check_same_device(*, x: Tensor, **tensors: Tensor | None) -> None:
+    """Raises ValueError naming the first tensor that is on another device than x."""
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.device != x.device:
+            raise ValueError(f"{name} is on {tensor.device}, x on {x.device}: move them to one device")

@@ -59,6 +59,7 @@ def mappings(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The three mappings of a sublayer from its streams. See `mhc_kernels.reference.mappings`."""
     reference.check_mappings(x, phi, alpha, bias, iterations, profile, mode)
+    check_same_device(x=x, phi=phi, alpha=alpha, bias=bias)
     if not _use_triton(backend, x):
         return reference.mappings(x, phi, alpha, bias, iterations=iterations, eps=eps, profile=profile, mode=mode)
     check_contiguous(x=x, phi=phi, alpha=alpha, bias=bias)
@@ -69,6 +70,7 @@ def mappings(
 def aggregate(x: Tensor, pre: Tensor, *, backend: str = "auto") -> Tensor:
     """``u = H_pre @ x``. See `mhc_kernels.reference.aggregate`."""
     reference.check_streams("pre", pre, x.shape[:-1])
+    check_same_device(x=x, pre=pre)
     if not _use_triton(backend, x):
         return reference.aggregate(x, pre)
     check_contiguous(x=x, pre=pre)
@@ -150,6 +152,7 @@ def mix(
     """
     streams = _unflatten(x, post.shape[-1], flat)
     reference.check_mix(streams, res, post, y, bias, dropout_p)
+    check_same_device(x=x, res=res, post=post, y=y, bias=bias)
     if not _use_triton(backend, streams):
         _check_recompute(recompute, "reference")
         return _same_form(reference.mix(streams, res, post, y, bias, dropout_p=dropout_p), x)
@@ -336,9 +339,9 @@ def boundary(
         streams = _unflatten(x, n, flat)
         reference.check_mix(streams, res, post, y, bias, dropout_p)
         reference.check_mappings(streams, next_phi, next_alpha, next_bias, iterations, profile, mode)
-        check_same_device(x=x, res=res, post=post, y=y, next_phi=next_phi, next_alpha=next_alpha, next_bias=next_bias)
-        if bias is not None:
-            check_same_device(x=x, bias=bias)
+        check_same_device(
+            x=x, res=res, post=post, y=y, bias=bias, next_phi=next_phi, next_alpha=next_alpha, next_bias=next_bias
+        )
         _check_norm(norm, x, streams.shape[-1])
         if not _use_triton(backend, streams):
             _check_recompute(recompute, "reference")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -15,24 +16,63 @@ from mhc_kernels import (
     boundary,
     connect,
     free_until_backward,
+    mappings,
     mix,
     output_gradients,
+    sinkhorn,
 )
 from tests.unit.kernels.cases import DEVICE, ON_GPU, PARAMETERS, Case, error
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 
+def _with_norm(operation: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda norm_weight, **others: operation(**others, norm=RMSNorm(norm_weight, 1e-5))
+
+
+def operations(tokens: int = 8) -> dict[str, tuple[Callable[..., Any], dict[str, Tensor]]]:
+    """Every operation of several tensors, and arguments that fit."""
+    case = Case(tokens, 4, 32)
+    a = case.arguments
+    x, post, y = {"x": a["x"]}, {"post": a["post"]}, {"y": a["y"]}
+    own = dict(zip(("phi", "alpha", "bias"), (a[name] for name in PARAMETERS), strict=True))
+    flat, norm = a["x"].flatten(-2), {"norm_weight": torch.ones(32, device=DEVICE)}
+    into = {"dy": torch.empty_like(a["y"]), "dpost": torch.empty_like(a["post"])}
+    return {
+        "mappings": (mappings, x | own),
+        "aggregate": (aggregate, x | {"pre": a["post"]}),
+        "mix": (mix, x | {"res": a["res"]} | post | y | {"bias": a["bias"]}),
+        "connect": (connect, x | own),
+        "connect, norm": (_with_norm(connect), x | own | norm),
+        "boundary": (boundary, a),
+        "boundary, norm": (_with_norm(boundary), a | norm),
+        "add_output_": (add_output_, {"x": flat} | post | y),
+        "output_gradients": (output_gradients, {"g": flat} | post | y | into),
+    }
+
+
 class TestErrors:
-    def test_strides(self) -> None:
-        case = Case(8, 4, 32)
-        strided = {
-            name: case.arguments[name].transpose(0, 1).contiguous().transpose(0, 1) for name in ("x", "res", "y")
-        }
-        strided |= {name: torch.ones(*case.arguments[name].shape, 2, device=DEVICE)[..., 0] for name in PARAMETERS}
-        for name, wrong in strided.items():
-            with pytest.raises(ValueError, match=rf"{name} must be contiguous .* call {name}.contiguous\(\)"):
-                boundary(**{**case.arguments, name: wrong}, backend="triton")
+    @pytest.mark.parametrize("name", operations())
+    def test_strides(self, name: str) -> None:
+        operation, arguments = operations()[name]
+        for argument, tensor in arguments.items():
+            strided = torch.stack((tensor, tensor), -1)[..., 0]
+            with pytest.raises(ValueError, match=rf"{argument} must be contiguous .* call {argument}.contiguous\(\)"):
+                operation(**{**arguments, argument: strided}, backend="triton")
+
+    def test_strides_of_logits(self) -> None:
+        with pytest.raises(ValueError, match=r"logits must be contiguous .* call logits.contiguous\(\)"):
+            sinkhorn(torch.zeros(8, 4, 4, device=DEVICE).mT, backend="triton")
+
+    @pytest.mark.parametrize("name", operations())
+    def test_devices(self, name: str) -> None:
+        """The driver would take an address of another memory for one of its own."""
+        operation, arguments = operations(11)[
+            name
+        ]  # no other test's shape: checked calls are remembered, meta's as the CPU's
+        for argument, tensor in arguments.items():
+            with pytest.raises(ValueError, match=r" on (cpu|cuda:\d|meta)"):
+                operation(**{**arguments, argument: tensor.to("meta")}, backend="triton")
 
     @pytest.mark.parametrize(
         ("n", "c", "dtype", "message"),
