@@ -66,8 +66,9 @@ def _first_iteration(logits, N: tl.constexpr, P: tl.constexpr):
     e = tl.exp(logits - top[:, None, :])
     if N < P:
         e = tl.where(_exists(N, P), e, 0.0)
-    shift = top.to(tl.float64) + tl.log(_sums(e, 1, 0.0, N, P)).to(tl.float64)
-    d = logits.to(tl.float64) - shift[:, None, :]
+    # In this order: beside a large maximum the logarithm would be lost.
+    d = logits.to(tl.float64) - top.to(tl.float64)[:, None, :]
+    d -= tl.log(_sums(e, 1, 0.0, N, P)).to(tl.float64)[:, None, :]
     if N < P:
         d = tl.where(_exists(N, P), d, -1e300)
     m = tl.exp((d - tl.max(d, 2)[:, :, None]).to(tl.float32))
@@ -88,8 +89,8 @@ def _first_iteration_eps(logits, eps, N: tl.constexpr, P: tl.constexpr):
 @triton.jit
 def _start(logits, EPS: tl.constexpr, N: tl.constexpr, P: tl.constexpr):
     """The logits, with what lies beyond N out of the way, and the matrix after the first iteration."""
-    if N < P:
-        logits = tl.where(_exists(N, P), logits, -1e30)
+    if N < P:  # float32's lowest: the maximum is one of the logits, however low they are
+        logits = tl.where(_exists(N, P), logits, -3.4028234663852886e38)
     if EPS > 0:
         m = _first_iteration_eps(logits, EPS, N, P)
     else:
