@@ -43,7 +43,7 @@ def _refuse_second_derivatives() -> None:
 def _bias_gradient(dy: Tensor, y_bias: Tensor | None) -> Tensor | None:
     if y_bias is None:
         return None
-    return dy.reshape(-1, dy.shape[-1]).sum(0, dtype=torch.float32).to(y_bias.dtype)
+    return dy.reshape(-1, dy.shape[-1]).sum(0, dtype=y_bias.dtype)  # one launch: added up in float32 whatever the dtype
 
 
 def _main_gradients(parameters: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:

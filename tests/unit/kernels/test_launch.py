@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mhc_kernels import RMSNorm, boundary
 from tests.unit.kernels.cases import DEVICE, ON_GPU, Case
@@ -95,6 +97,69 @@ def test_allocations_are_poisoned() -> None:
     assert made.isnan().all()
     assert made.is_contiguous()
     assert made.device.type == DEVICE
+
+
+def _boundary(n: int, biased: bool, drops: bool, tokens: int, width: int) -> Callable[[], Any]:
+    """A boundary and its backward, without the accumulation into leaves."""
+    case = Case(tokens, n, width, torch.bfloat16)
+    leaves = case.leaves()
+    if not biased:
+        leaves["bias"] = None
+    inputs = [leaf for leaf in leaves.values() if leaf is not None]
+
+    def call() -> Any:
+        results = boundary(**leaves, dropout_p=0.1 if drops else 0.0, backend="triton")
+        return torch.autograd.grad(results, inputs, case.gradients)
+
+    return call
+
+
+COUNTED = [(n, biased, drops) for n in (2, 4, 8) for biased in (False, True) for drops in (False, True)]
+
+
+@pytest.mark.skipif(ON_GPU, reason="counts what is asked for; the GPU's own test is below")
+@pytest.mark.parametrize(("n", "biased", "drops"), COUNTED)
+def test_launches_of_a_boundary(n: int, biased: bool, drops: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Six, and PyTorch's one for each of dropout's seed and the bias's gradient."""
+    from mhc_kernels.fused import launch
+
+    counted: list[str] = []
+
+    def run(plan: Any, *_: Any) -> None:
+        counted.extend(step.kernel.__name__ for step in plan._steps)
+
+    class Operators(TorchDispatchMode):
+        launch_nothing = {"empty", "new_empty", "empty_like", "view", "detach", "alias", "lift_fresh"}
+
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            name = function.overloadpacket.__name__
+            if function.namespace != "mhc_kernels" and name not in self.launch_nothing:
+                counted.append(name)
+            return function(*args, **(kwargs or {}))
+
+    monkeypatch.setattr(launch.Plan, "run", run)
+    call = _boundary(n, biased, drops, 24, 32)
+    with Operators():
+        call()
+    assert len(counted) == 6 + biased + drops, counted
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("n", "biased", "drops"), COUNTED)
+def test_launches_that_a_gpu_sees(n: int, biased: bool, drops: bool) -> None:
+    """Kernels; PyTorch's sum over many tokens may clear a few bytes before."""
+    from torch.profiler import ProfilerActivity, profile
+
+    call = _boundary(n, biased, drops, 2048, 1280)
+    call()
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        call()
+        torch.cuda.synchronize()
+    device = torch.autograd.DeviceType.CUDA
+    kernels = [event.name for event in profiler.events() if event.device_type == device]
+    kernels = [name for name in kernels if not name.startswith("Mem")]
+    assert len(kernels) == 6 + biased + drops, kernels
 
 
 @pytest.mark.gpu
