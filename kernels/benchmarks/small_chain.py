@@ -1,8 +1,9 @@
-"""Every kernel on small, ragged shapes, for the sanitizer.
+"""Every kernel on ragged shapes, for the sanitizer: a small one, and one with at least four turns of every pipelined loop (three
+stages), where a copy could overtake what still reads its place.
 
 compute-sanitizer --tool memcheck python kernels/benchmarks/small_chain.py [n ...]      (or racecheck)
 
-Run it without the sanitizer first: compilation is slow inside.
+Run it without the sanitizer first: compilation is slow inside. (Without a GPU, TRITON_INTERPRET=1 runs the small shape.)
 """
 
 import sys
@@ -23,35 +24,43 @@ from mhc_kernels import (
     sinkhorn,
 )
 
-TOKENS, WIDTH = 70, 48
-STREAMS = (4, 3, 5, 8)
+SMALL, LOOPS = (70, 48), (2000, 1552)
+STREAMS = (4, 3, 5, 8, 2)
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def main() -> None:
     for n in [int(n) for n in sys.argv[1:]] or STREAMS:
-        rows = n * n + 2 * n
-        x, y = (
-            torch.randn(TOKENS, *shape, device="cuda").bfloat16().requires_grad_() for shape in ((n, WIDTH), (WIDTH,))
-        )
-        own = [torch.randn(*s, device="cuda").mul(0.1).requires_grad_() for s in ((rows, n * WIDTH), (3,), (rows,))]
-        streams, u, post, res = connect(x, *own, backend="triton")
-        norm = RMSNorm(torch.ones(WIDTH, device="cuda").bfloat16().requires_grad_(), 1e-5)
-        streams, u, post, res = boundary(streams, res, post, u, None, *own, norm=norm, backend="triton")
-        bias = y[0].detach()
-        streams, u, post, res = boundary(streams, res, post, y, bias, *own, dropout_p=0.1, backend="triton")
-        out = mix(streams, res, post, u, backend="triton")
-        pre, post, res = mappings(out, *own, backend="triton")
-        logits = torch.randn(TOKENS, n, n, device="cuda").requires_grad_()
-        matrices = sinkhorn(logits, backend="triton")
-        total = aggregate(out, pre, backend="triton").float().sum() + post.sum() + (res * matrices).sum()
-        total.backward()
-        recomputed(x, own, None if n > 4 else norm)
-        rest, last = x.detach().flatten(-2).clone(), y.detach()
-        add_output_(rest, post.detach(), last, backend="triton")
-        output_gradients(rest, post.detach(), last, torch.empty_like(last), torch.empty_like(post), backend="triton")
+        for shape in (SMALL, LOOPS) if DEVICE == "cuda" else (SMALL,):
+            for dtype in (torch.bfloat16, torch.float32) if n == 4 else (torch.bfloat16,):
+                chain(n, *shape, dtype)
+                print(f"{n} streams, {shape[0]} x {shape[1]}, {dtype}: ran", flush=True)
+
+
+def chain(n: int, tokens: int, width: int, dtype: torch.dtype) -> None:
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, device=DEVICE)
+
+    rows = n * n + 2 * n
+    x, y = (random(tokens, *shape).to(dtype).requires_grad_() for shape in ((n, width), (width,)))
+    own = [random(*shape).mul(0.1).requires_grad_() for shape in ((rows, n * width), (3,), (rows,))]
+    streams, u, post, res = connect(x, *own, backend="triton")
+    norm = RMSNorm(torch.ones(width, device=DEVICE, dtype=dtype).requires_grad_(), 1e-5)
+    streams, u, post, res = boundary(streams, res, post, u, None, *own, norm=norm, backend="triton")
+    bias = y[0].detach()
+    streams, u, post, res = boundary(streams, res, post, y, bias, *own, dropout_p=0.1, backend="triton")
+    out = mix(streams, res, post, u, backend="triton")
+    pre, post, res = mappings(out, *own, backend="triton")
+    matrices = sinkhorn(random(tokens, n, n).requires_grad_(), backend="triton")
+    total = aggregate(out, pre, backend="triton").float().sum() + post.sum() + (res * matrices).sum()
+    total.backward()
+    recomputed(x, own, None if n > 4 else norm)
+    rest, last = x.detach().flatten(-2).clone(), y.detach()
+    add_output_(rest, post.detach(), last, backend="triton")
+    output_gradients(rest, post.detach(), last, torch.empty_like(last), torch.empty_like(post), backend="triton")
+    if DEVICE == "cuda":
         torch.cuda.synchronize()
-        assert x.grad.isfinite().all()
-        print(f"{n} streams: ran", flush=True)
+    assert x.grad.isfinite().all()
 
 
 def recomputed(x: torch.Tensor, own: list[torch.Tensor], norm: RMSNorm | None) -> None:
