@@ -16,9 +16,12 @@ def memory(request: pytest.FixtureRequest) -> None:
         request.getfixturevalue("poisoned_memory")
 
 
-def test_main_grad_accumulates() -> None:
+@pytest.mark.parametrize(
+    ("n", "dtype"), [(4, torch.float32), (4, torch.bfloat16), (8, torch.float32), (8, torch.bfloat16)]
+)
+def test_main_grad_accumulates(n: int, dtype: torch.dtype) -> None:
     """As Megatron's fused gradient accumulation: added to main_grad, marked, and some gradient handed on for the hook."""
-    case = Case(70, 4, 48)
+    case = Case(70, n, 48, dtype)
     plain, fused = case.leaves(), case.leaves()
     before = {k: torch.randn_like(fused[k]) for k in PARAMETERS}
     for name in PARAMETERS:
