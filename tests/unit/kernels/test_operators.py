@@ -30,7 +30,7 @@ def _with_norm(operation: Callable[..., Any]) -> Callable[..., Any]:
     return lambda norm_weight, **others: operation(**others, norm=RMSNorm(norm_weight, 1e-5))
 
 
-def operations(tokens: int = 8) -> dict[str, tuple[Callable[..., Any], dict[str, Tensor]]]:
+def operations(tokens: int = 8) -> list[tuple[Callable[..., Any], dict[str, Tensor]]]:
     """Every operation of several tensors, and arguments that fit."""
     case = Case(tokens, 4, 32)
     a = case.arguments
@@ -38,41 +38,37 @@ def operations(tokens: int = 8) -> dict[str, tuple[Callable[..., Any], dict[str,
     own = dict(zip(("phi", "alpha", "bias"), (a[name] for name in PARAMETERS), strict=True))
     flat, norm = a["x"].flatten(-2), {"norm_weight": torch.ones(32, device=DEVICE)}
     into = {"dy": torch.empty_like(a["y"]), "dpost": torch.empty_like(a["post"])}
-    return {
-        "mappings": (mappings, x | own),
-        "aggregate": (aggregate, x | {"pre": a["post"]}),
-        "mix": (mix, x | {"res": a["res"]} | post | y | {"bias": a["bias"]}),
-        "connect": (connect, x | own),
-        "connect, norm": (_with_norm(connect), x | own | norm),
-        "boundary": (boundary, a),
-        "boundary, norm": (_with_norm(boundary), a | norm),
-        "add_output_": (add_output_, {"x": flat} | post | y),
-        "output_gradients": (output_gradients, {"g": flat} | post | y | into),
-    }
+    return [
+        (mappings, x | own),
+        (aggregate, x | {"pre": a["post"]}),
+        (mix, x | {"res": a["res"]} | post | y | {"bias": a["bias"]}),
+        (connect, x | own),
+        (_with_norm(connect), x | own | norm),
+        (boundary, a),
+        (_with_norm(boundary), a | norm),
+        (add_output_, {"x": flat} | post | y),
+        (output_gradients, {"g": flat} | post | y | into),
+    ]
 
 
 class TestErrors:
-    @pytest.mark.parametrize("name", operations())
-    def test_strides(self, name: str) -> None:
-        operation, arguments = operations()[name]
-        for argument, tensor in arguments.items():
-            strided = torch.stack((tensor, tensor), -1)[..., 0]
-            with pytest.raises(ValueError, match=rf"{argument} must be contiguous .* call {argument}.contiguous\(\)"):
-                operation(**{**arguments, argument: strided}, backend="triton")
-
-    def test_strides_of_logits(self) -> None:
+    def test_strides(self) -> None:
+        for operation, arguments in operations():
+            for argument, tensor in arguments.items():
+                strided = torch.stack((tensor, tensor), -1)[..., 0]
+                message = rf"{argument} must be contiguous .* call {argument}.contiguous\(\)"
+                with pytest.raises(ValueError, match=message):
+                    operation(**{**arguments, argument: strided}, backend="triton")
         with pytest.raises(ValueError, match=r"logits must be contiguous .* call logits.contiguous\(\)"):
             sinkhorn(torch.zeros(8, 4, 4, device=DEVICE).mT, backend="triton")
 
-    @pytest.mark.parametrize("name", operations())
-    def test_devices(self, name: str) -> None:
+    def test_devices(self) -> None:
         """The driver would take an address of another memory for one of its own."""
-        operation, arguments = operations(11)[
-            name
-        ]  # no other test's shape: checked calls are remembered, meta's as the CPU's
-        for argument, tensor in arguments.items():
-            with pytest.raises(ValueError, match=r" on (cpu|cuda:\d|meta)"):
-                operation(**{**arguments, argument: tensor.to("meta")}, backend="triton")
+        # No other test's number of tokens: checked calls are remembered, and the CPU's have the key of meta tensors.
+        for operation, arguments in operations(11):
+            for argument, tensor in arguments.items():
+                with pytest.raises(ValueError, match=r" on (cpu|cuda:\d|meta)"):
+                    operation(**{**arguments, argument: tensor.to("meta")}, backend="triton")
 
     @pytest.mark.parametrize(
         ("n", "c", "dtype", "message"),
