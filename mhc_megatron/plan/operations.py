@@ -14,7 +14,7 @@ from typing import Any
 from mhc_megatron.plan.parameters import grouped_weights
 from mhc_megatron.plan.run import Chunk, Run
 
-BOUNDARY = "mhc boundary"
+BOUNDARY, MIX = "mhc boundary", "mhc mix"
 FUSED_NORM_STREAMS = 4  # mhc_kernels.norm has it, with Triton: with more streams the kernels leave the norm alone
 
 
@@ -49,11 +49,25 @@ def chunk_operations(run: Run, chunk: Chunk, block_length: int | None = None) ->
     block_length: sublayers that share the streams that are kept (L_r); None keeps all.
     """
     layers = range(chunk.first_layer, chunk.first_layer + chunk.layers)
-    operations = [_layer(run, run.is_moe(layer)) for layer in layers]
+    operations = _fuse_boundaries(run, [_layer(run, run.is_moe(layer)) for layer in layers])
     if block_length is not None:
         operations = _recompute_streams(run, operations, block_length)
     ends: list[list[Operation]] = [_embedding(run)] if chunk.embedding else []
     return [*ends, *operations, *([_loss(run)] if chunk.loss else [])]
+
+
+def _fuse_boundaries(run: Run, layers: list[list[Operation]]) -> list[list[Operation]]:
+    """The backward of a mix that is one operation with the next sublayer's boundary reads the next streams, and the gradient
+    of what was aggregated from them. Of a chunk, the last mix stands alone."""
+    if run.mhc is None:
+        return layers
+    more = stream_bytes(run) + hidden_bytes(run)
+    flat = [operation for layer in layers for operation in layer]
+    last = next((operation for operation in reversed(flat) if operation.name == MIX), None)
+    return [
+        [replace(o, backward=o.backward + more) if o.name == MIX and o is not last else o for o in layer]
+        for layer in layers
+    ]
 
 
 def hidden_bytes(run: Run) -> float:
@@ -90,7 +104,7 @@ def _sublayer(run: Run, inner: list[Operation], own_norm: bool) -> list[Operatio
     if run.mhc is not None:
         saved = streams + _mappings(run)
         first = [Operation(BOUNDARY, saved, streams, hidden, streams=(streams, 0, 1))]
-        last = [Operation("mhc mix", hidden, hidden, streams, streams=(streams, 0, 1))]  # dropout: its seed only
+        last = [Operation(MIX, hidden, hidden, streams, streams=(streams, 0, 1))]  # dropout: its seed only
         if own_norm and config.normalization == "RMSNorm" and run.streams <= FUSED_NORM_STREAMS:
             norm_input = 0  # the kernels compute it again from the streams
     modules = ("layernorm",) if own_norm else inner[0].modules
@@ -272,8 +286,8 @@ def _recompute_streams(run: Run, layers: list[list[Operation]], block_length: in
                 if operation.name == BOUNDARY:
                     kept = operation.saved - (streams if place else 0)
                     operation = replace(operation, saved=kept, streams=marked)
-                else:
-                    operation = replace(operation, streams=marked)
+                else:  # its backward writes what the sublayer reads
+                    operation = replace(operation, streams=marked, backward=operation.backward + hidden)
                     number += 1
             else:  # what the sublayer reads is there while it runs, forward and backward, and not in between
                 forward, carried = operation.forward + hidden, operation.carried + hidden
