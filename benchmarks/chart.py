@@ -44,6 +44,8 @@ def draw(files: list[Path], picture: Path) -> None:
     for number, kind in enumerate(KINDS):
         places = [place + (number - 1) * 0.27 for place, group in enumerate(groups.values()) if kind in group]
         values = [group[kind] for group in groups.values() if kind in group]
+        if not values:
+            continue
         for axes, column in ((time, 0), (memory, 1)):
             axes.bar(places, [value[column] for value in values], width=0.25, label=kind)
     time.axhline(PAPER, color="black", linestyle="--", label="the paper's 27B")

@@ -50,6 +50,7 @@ def test_27b(gpus: int, tmp_path: Path) -> None:
     run = Run("27b", other_node, **settings).until(SAVED + 4)
     run.rank(gpus - 1).send_signal(signal.SIGKILL)
     run.until()
+    print(f"the launcher ended with {run.process.returncode}", flush=True)
     left_behind = run.left_behind()
     print("\n".join(f"iteration {iteration:3}  loss {loss:.6f}" for iteration, loss in run.losses))
     assert run.process.returncode == 0, run.output[-4000:]
