@@ -1,6 +1,6 @@
 """What a transfer between two GPUs and computation beside it cost each other, by NCCL's settings.
 
-    torchrun --nproc-per-node 2 benchmarks/links.py [--settings default ctas=1-4 high-priority] [--json FILE]
+    torchrun --nproc-per-node 2 benchmarks/links.py [--settings default ctas=1-4 high-priority:cga=1] [--json FILE]
 
 The link is NCCL's choice and the environment's (`pipeline.py` says how). For every setting (default: NCCL's own, not the 8 CTAs
 of `mhc_megatron.pipeline.links`), over a group each: the time of a transfer from GPU 0 to GPU 1 alone, and of two at once, one
@@ -21,6 +21,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import nccl_settings
 import torch
 import torch.distributed as dist
 
@@ -33,10 +34,8 @@ def links(setting: str) -> tuple[dist.ProcessGroup, dist.ProcessGroup]:
     for sender in (0, 1):
         options = dist.ProcessGroupNCCL.Options()
         for part in setting.split(":"):
-            if part == "high-priority":
-                options.is_high_priority_stream = True
-            elif part != "default":
-                options.config.min_ctas, options.config.max_ctas = map(int, part.removeprefix("ctas=").split("-"))
+            if part != "default":
+                nccl_settings.apply(options, part)
         made.append(dist.new_group([0, 1], pg_options=options))
         _move(torch.zeros(1, device="cuda"), made[-1], sender).wait()
     torch.cuda.synchronize()

@@ -4,13 +4,14 @@
                                                        [--group N] [--warmup-flush] [--json FILE] [--timeline PNG]
 
 Kinds: residual; wide-stock (mHC, n*C values a token in Megatron's own transfers, its waits for sends included); wide (sends that
-nobody waits for); split (`mhc_megatron.pipeline.split`). wide and split with other settings of NCCL for their links, as
-Megatron's ``--high-priority-stream-groups`` and ``--nccl-communicator-config-path`` would make them: ``split:high-priority``,
-``wide:ctas=1-4``, ``split:high-priority:ctas=8-32``. Layers of the paper's 27B shape, one dense and the others MoE with
-forced load balancing, Transformer Engine, bf16, forward and backward by Megatron's schedule, no optimizer. A rank has 9 of the 72
-experts, as with the example's EP 8, and all six choices of its tokens fall on them: the same arithmetic. Experts have a capacity
-and are padded to it. (Else the host waits for the counts of their tokens; with 4096 or 8192 tokens a microbatch the GPU then
-waits for the host most of the time, and hides any transfer.) Python's garbage is collected between steps.
+nobody waits for); split (`mhc_megatron.pipeline.split`). wide and split with other settings of NCCL for their links
+(`nccl_settings`): ``split:high-priority``, ``wide:ctas=1-4``, ``split:high-priority:ctas=8-32:cga=1``.
+
+Layers of the paper's 27B shape, one dense and the others MoE with forced load balancing, Transformer Engine, bf16, forward and
+backward by Megatron's schedule, no optimizer. A rank has 9 of the 72 experts, as with the example's EP 8, and all six choices
+of its tokens fall on them: the same arithmetic. Experts have a capacity and are padded to it. (Else the host waits for the
+counts of their tokens; with 4096 or 8192 tokens a microbatch the GPU then waits for the host most of the time, and hides any
+transfer.) Python's garbage is collected between steps.
 
 Exposed: a step's time minus that of the same step with transfers replaced by local copies: each one still sends one element,
 so stages wait for each other as before, and copies the rest from a buffer of its own. (The copies make the difference too small:
@@ -31,7 +32,6 @@ import gc
 import json
 import os
 import random
-import re
 import time
 import weakref
 from collections.abc import Iterator
@@ -39,6 +39,7 @@ from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
 
+import nccl_settings
 import torch
 import torch.distributed as dist
 
@@ -158,18 +159,15 @@ def _links(made: Any, settings: list[str]) -> Iterator[None]:
     theirs: Any = None
     if settings:
         theirs = group._get_backend(torch.device(torch.cuda.current_device())).options
-        kept = theirs.is_high_priority_stream, theirs.config.min_ctas, theirs.config.max_ctas
+        kept = nccl_settings.keep(theirs)
         for setting in settings:
-            if setting == "high-priority":
-                theirs.is_high_priority_stream = True
-            else:
-                theirs.config.min_ctas, theirs.config.max_ctas = map(int, setting.removeprefix("ctas=").split("-"))
+            nccl_settings.apply(theirs, setting)
     try:
         yield
     finally:
         Links._made = before
         if theirs is not None:
-            theirs.is_high_priority_stream, theirs.config.min_ctas, theirs.config.max_ctas = kept
+            nccl_settings.restore(theirs, kept)
 
 
 @contextlib.contextmanager
@@ -224,8 +222,8 @@ def _check_kinds(kinds: list[str]) -> str | None:
             return f"{kind}: choose from {', '.join(KINDS)}"
         if settings and base not in ("wide", "split"):
             return f"{kind}: only wide and split have links of their own"
-        if wrong := [s for s in settings if s != "high-priority" and not re.fullmatch(r"ctas=\d+-\d+", s)]:
-            return f"{kind}: {wrong[0]} is neither high-priority nor ctas=MIN-MAX"
+        if wrong := [setting for setting in settings if nccl_settings.wrong(setting)]:
+            return f"{kind}: {wrong[0]} is neither high-priority nor ctas=MIN-MAX nor cga=N"
     return None
 
 

@@ -20,7 +20,8 @@ from blocks import SHAPES
 from mhc_megatron.plan.gpus import GPUS
 from mhc_megatron.plan.report import KINDS
 from mhc_megatron.plan.run import Chunk, Run
-from mhc_megatron.plan.schedule import SLOWED, Result, Schedule, exchange, simulate
+from mhc_megatron.plan.schedule import SLOWED, Schedule, exchange
+from mhc_megatron.plan.simulation import Result, simulate
 from mhc_megatron.plan.traffic import chunk_seconds
 
 STREAMS = 4

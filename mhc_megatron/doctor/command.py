@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import sys
 import warnings
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -58,6 +59,7 @@ def examine() -> list[Finding]:
         ("Data", _data),
         ("Hooks", _hooks),
     ):
+        print(f"doctor: {section.lower()} ...", file=sys.stderr, flush=True)  # kernels take a minute to build on a GPU
         try:
             found += check()
         except Exception as error:

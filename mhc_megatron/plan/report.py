@@ -15,7 +15,8 @@ from mhc_megatron.plan.memory import WORKSPACES, block_length, stage_memory, var
 from mhc_megatron.plan.parameters import active_count, model_count
 from mhc_megatron.plan.peak import run_order
 from mhc_megatron.plan.run import Run
-from mhc_megatron.plan.schedule import SLOWED, Schedule, exchange, step_times
+from mhc_megatron.plan.schedule import SLOWED, Schedule, exchange
+from mhc_megatron.plan.simulation import step_times
 from mhc_megatron.plan.traffic import added_seconds, boundary_bytes, chunk_seconds, kernel_traffic
 
 MODES = ("residual", "mhc", "recompute")

@@ -31,6 +31,7 @@ ITERATIONS = 6
 TIMEOUT = 300  # seconds, of a job; NCCL's is shorter, and its watchdog then says what hung
 LAYOUTS = {
     "tp2-sp": "--tensor-model-parallel-size 2 --sequence-parallel",
+    "tp2-sp-mhc-recompute": "--tensor-model-parallel-size 2 --sequence-parallel --mhc-recompute",
     "ep2": "--expert-model-parallel-size 2",
     "pp2": "--pipeline-model-parallel-size 2",
     "pp2-vpp2": "--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1",

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch.distributed as dist
 from megatron.core.pipeline_parallel import schedules
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
@@ -73,16 +74,17 @@ def test_pipeline(tmp_path: Path) -> None:
     assert "PP2 x VPP2" in output
 
 
-def _pipeline_benchmark() -> Any:
+def _pipeline_benchmark(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
     spec = importlib.util.spec_from_file_location("benchmarks_pipeline", BENCHMARKS / "pipeline.py")
     benchmark = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(benchmark)
     return benchmark
 
 
-def test_pipeline_is_timed_as_users_run_it() -> None:
+def test_pipeline_is_timed_as_users_run_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """Split transfers with the schedules' hooks, without which no receive is posted ahead; a residual model with none."""
-    benchmark = _pipeline_benchmark()
+    benchmark = _pipeline_benchmark(monkeypatch)
     schedule = "forward_backward_pipelining_{}_interleaving"
     names = ("P2PCommunicator", schedule.format("with"), schedule.format("without"))
     for kind, hooked in {"residual": False, "wide-stock": False, "wide": True, "split": True}.items():
@@ -107,15 +109,31 @@ def test_transfers_are_matched(monkeypatch: pytest.MonkeyPatch) -> None:
     assert slowed(second, first) == "computes 4.0 ms, 7.0 without transfers (-3.0); not in 13.0, 0.0 ms"
 
 
+@pytest.mark.skipif(not dist.is_nccl_available(), reason="needs a PyTorch with NCCL")
+def test_settings_of_nccl_come_and_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import nccl_settings
+
+    options = dist.ProcessGroupNCCL.Options()
+    before = nccl_settings.keep(options)
+    for setting in ("high-priority", "ctas=2-4", "cga=1"):
+        assert not nccl_settings.wrong(setting)
+        nccl_settings.apply(options, setting)
+    assert nccl_settings.keep(options) == (True, 2, 4, 1)
+    nccl_settings.restore(options, before)
+    assert nccl_settings.keep(options) == before
+
+
 @pytest.mark.parametrize(
     ("kind", "says"),
     [
         ("narrow", "choose from"),
         ("residual:ctas=1-4", "only wide and split"),
         ("split:ctas=4", "MIN-MAX"),
+        ("wide:cga=", "cga=N"),
         ("split", None),
     ],
 )
-def test_kinds_of_the_pipeline_benchmark(kind: str, says: str | None) -> None:
-    wrong = _pipeline_benchmark()._check_kinds([kind])
+def test_kinds_of_the_pipeline_benchmark(kind: str, says: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    wrong = _pipeline_benchmark(monkeypatch)._check_kinds([kind])
     assert wrong is None if says is None else says in wrong

@@ -17,7 +17,8 @@ from megatron.core.pipeline_parallel import p2p_communication, schedules
 
 from mhc_megatron.pipeline import passes
 from mhc_megatron.plan.order import Compute, Order, Post
-from mhc_megatron.plan.schedule import Schedule, exchange, simulate, step_times
+from mhc_megatron.plan.schedule import Schedule, exchange
+from mhc_megatron.plan.simulation import simulate, step_times
 from tests import models
 from tests.ranks import run_ranks
 
