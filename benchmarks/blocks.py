@@ -17,7 +17,6 @@ from megatron.core.transformer import MLATransformerConfig, TransformerConfig
 from megatron.core.transformer.module import Float16Module
 
 from mhc_megatron import MHCConfig, to_mhc_spec
-from mhc_megatron.plan.block_length import choose_block_length
 from mhc_megatron.plan.run import Run
 
 VOCABULARY = 256  # a block is what is timed: next to no embedding and no logits
@@ -135,12 +134,10 @@ def build(
     return _model(_config(shape, layers, tiny, more), mhc_config, sequence, tiny)
 
 
-def planned_length(shape: str, layers: int, sequence: int, tokens: int) -> int:
-    """L_r that training gets for a block: what the planner chooses (`mhc_megatron.plan.block_length`)."""
+def planned_run(shape: str, mhc_config: MHCConfig | None, layers: int, sequence: int, tokens: int) -> Run:
+    """A block's forward and backward, for the planner."""
     config = _config(shape, layers, False, {"moe_permute_fusion": False})  # the same memory, and Megatron asks for TE
-    micro_batch = max(1, tokens // sequence)
-    run = Run(config, KINDS["recompute"], 1, sequence, micro_batch, 1, VOCABULARY, gradients="plain")
-    return choose_block_length(run, 0).length
+    return Run(config, mhc_config, 1, sequence, max(1, tokens // sequence), 1, VOCABULARY, gradients="plain")
 
 
 def build_chunks(

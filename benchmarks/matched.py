@@ -69,7 +69,8 @@ def slowed(rank: Rank, alone: Rank) -> str:
 
 def longer(rank: Rank, alone: Rank, count: int = 4) -> str:
     """What is slower beside transfers: the kernels whose times in a step differ most from those in one without."""
-    more = {name: ms - alone.kernels.get(name, 0.0) for name, ms in rank.kernels.items()}
+    names = rank.kernels.keys() | alone.kernels.keys()
+    more = {name: rank.kernels.get(name, 0.0) - alone.kernels.get(name, 0.0) for name in names}
     most = sorted(more, key=lambda name: -more[name])[:count]
     rest = sum(more.values()) - sum(more[name] for name in most)
     named = [f"{more[name]:+.1f} ms to {alone.kernels.get(name, 0.0):.1f} {name[:60]}" for name in most]

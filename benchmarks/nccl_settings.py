@@ -15,7 +15,13 @@ def wrong(setting: str) -> bool:
 
 
 def apply(options: Any, setting: str) -> None:
-    """Put it into a `ProcessGroupNCCL.Options`."""
+    """Put it into a `ProcessGroupNCCL.Options`.
+
+    Raises:
+        ValueError: for a setting that is none.
+    """
+    if wrong(setting):
+        raise ValueError(f"{setting} is neither high-priority nor ctas=MIN-MAX nor cga=N")
     name, _, value = setting.partition("=")
     if name == "ctas":
         options.config.min_ctas, options.config.max_ctas = map(int, value.split("-"))

@@ -108,7 +108,9 @@ def _over(step: Step, other: Step) -> float:
 
 def measure(options: argparse.Namespace, layers: int) -> dict[str, dict[str, Any]]:
     """Times and peaks of all kinds, and their kernels with --profile."""
-    from blocks import PADDED, build, of_kind, planned_length
+    from blocks import PADDED, build, of_kind, planned_run
+
+    from mhc_megatron.plan.block_length import choose_block_length
 
     more = {**(PADDED if options.padded else {}), "moe_shared_expert_overlap": options.shared_expert_overlap}
     steps: dict[str, Step] = {}
@@ -116,8 +118,8 @@ def measure(options: argparse.Namespace, layers: int) -> dict[str, dict[str, Any
     for kind in options.kinds:
         mhc_config = of_kind(kind)
         if kind == "recompute" and not options.tiny:
-            length = planned_length(options.shape, layers, options.sequence, options.tokens)
-            mhc_config = of_kind(f"recompute:{length}")
+            run = planned_run(options.shape, mhc_config, layers, options.sequence, options.tokens)
+            mhc_config = of_kind(f"recompute:{choose_block_length(run, 0).length}")
         if mhc_config is not None and mhc_config.recompute_sublayers:
             results[kind]["block_length"] = mhc_config.recompute_sublayers
         model = build(options.shape, mhc_config, layers, options.sequence, options.tiny, more)

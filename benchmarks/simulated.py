@@ -1,11 +1,11 @@
 """The planner's schedule simulator against what `pipeline.py` measured.
 
-    python benchmarks/simulated.py RESULTS.json ... [--latency 20] [--forward 0.38] [--slowed 0.09]
+    python benchmarks/simulated.py RESULTS.json ... [--latency 20] [--forward 0.38] [--contention 0.09]
 
 Takes from each result the link's speed and the step with local copies; from that, how long a chunk computes. Simulates
 the step with the transfers and prints the measured and the simulated exposed time, and by how much the simulated step is
 off. --latency: of a transfer, microseconds. --forward: the forward pass's share of a chunk's time (0.38 in
-results/h200_27b.json). --slowed: by how much longer computation takes beside a transfer.
+results/h200_27b.json). --contention: by how much longer computation takes beside a transfer.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from blocks import SHAPES
 from mhc_megatron.plan.gpus import GPUS
 from mhc_megatron.plan.report import KINDS
 from mhc_megatron.plan.run import Chunk, Run
-from mhc_megatron.plan.schedule import SLOWED, Schedule, exchange
+from mhc_megatron.plan.schedule import CONTENTION, Schedule, exchange
 from mhc_megatron.plan.simulation import Result, simulate
 from mhc_megatron.plan.traffic import chunk_seconds
 
@@ -60,7 +60,7 @@ def simulated(settings: dict[str, Any], vpp: int, kind: str, local: float, optio
             (1 - forward) * both,
             bandwidth=settings["gb_per_s"] * 1e9,
             latency=options.latency / 1e6,
-            slowed=options.slowed,
+            contention=options.contention,
             chunks=vpp,
             group=settings.get("group"),
             warmup_flush=settings.get("warmup_flush", False) and vpp > 1,
@@ -76,7 +76,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("results", type=Path, nargs="+")
     parser.add_argument("--latency", type=float, default=20.0)
     parser.add_argument("--forward", type=float, default=0.38)
-    parser.add_argument("--slowed", type=float, default=SLOWED)
+    parser.add_argument("--contention", type=float, default=CONTENTION)
     options = parser.parse_args(argv)
     for path in options.results:
         written = json.loads(path.read_text())

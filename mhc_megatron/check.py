@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 _TOKENIZER_PACKAGES = {
     "HuggingFaceTokenizer": "transformers",
     "SFTTokenizer": "transformers",
+    "GPT2BPETokenizer": "transformers",
+    "BertWordPieceLowerCase": "transformers",
+    "BertWordPieceCase": "transformers",
     "SentencePieceTokenizer": "sentencepiece",
     "GPTSentencePieceTokenizer": "sentencepiece",
     "Llama2Tokenizer": "sentencepiece",
@@ -127,7 +130,10 @@ def _process_groups(args: Any) -> None:
 
 def _data(args: Any) -> None:
     """That every dataset named on the command line is there (`--data-args-path` files are read by the training script)."""
-    from megatron.core.datasets.indexed_dataset import _IndexReader, get_bin_path, get_idx_path
+    try:
+        from megatron.core.datasets.indexed_dataset import _IndexReader, get_bin_path, get_idx_path
+    except ImportError as error:  # it is not a public name
+        raise LaunchError(f"data can't be checked on megatron-core {version()} ({error}); tested on 0.19.2") from error
     from megatron.core.datasets.utils import get_blend_from_list
 
     for flag in ("data_path", "train_data_path", "valid_data_path", "test_data_path"):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from mhc_megatron.monitor.records import Record
+from mhc_megatron.monitor.records import DIRECTIONS, Record
 
 _SHOWN = 4  # layers a warning names; it says how many more there are
 
@@ -47,7 +47,7 @@ class Band:
     def _describe(self, gains: dict[str, Any], i: int) -> str:
         """The directions that are outside, with their smallest and largest sums; empty if none is."""
         parts = []
-        for direction in ("forward", "backward"):
+        for direction in DIRECTIONS:
             least, most = gains[direction]["min"][i], gains[direction]["max"][i]
             if any(gain is None or not self.low <= gain <= self.high for gain in (least, most)):
                 parts.append(f"{direction} {show(least)} to {show(most)}")

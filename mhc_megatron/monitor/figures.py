@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from mhc_megatron.monitor.records import Record, Run
+from mhc_megatron.monitor.records import DIRECTIONS, Record, Run
 
-DIRECTIONS = ("forward", "backward")
 _SUMS = {"forward": "row sum", "backward": "column sum"}
 _MAPS = 8  # heat maps of H_res, of sublayers evenly spaced
 _LOG_ABOVE = 10.0  # gains that reach this, or its inverse, are drawn on a logarithmic axis; others again without them

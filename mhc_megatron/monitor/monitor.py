@@ -15,7 +15,7 @@ from mhc_megatron.monitor.capture import SUBLAYERS, Layout, Sample, find_sublaye
 from mhc_megatron.monitor.depth import extreme
 from mhc_megatron.monitor.gains import summarize
 from mhc_megatron.monitor.ranks import Ranks
-from mhc_megatron.monitor.records import Record, Writer, numbers
+from mhc_megatron.monitor.records import DIRECTIONS, Record, Writer, numbers
 from mhc_megatron.monitor.scalars import scalars
 
 _logger = logging.getLogger(__name__)
@@ -154,7 +154,7 @@ def describe(record: Record) -> str:
     parts = [
         f"{d} {span(composite, d, 0)} (from any depth {extreme(record, d, 'min')} to {extreme(record, d, 'max')}; "
         f"single layers {span(single, d, None)})"
-        for d in ("forward", "backward")
+        for d in DIRECTIONS
     ]
     return f"mHC gains at iteration {record['iteration']}: composite {', '.join(parts)}"
 

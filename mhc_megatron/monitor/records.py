@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 FILE = "mhc-monitor.jsonl"
+DIRECTIONS = ("forward", "backward")
 Record = dict[str, Any]
 
 

@@ -6,21 +6,21 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from mhc_megatron.monitor.depth import extreme
-from mhc_megatron.monitor.records import Record
+from mhc_megatron.monitor.records import DIRECTIONS, Record
 
 
 def scalars(record: Record) -> dict[str, float]:
     """``mhc/...``: of the whole model, and extremes over its depth; ``mhc-layers/<what>/<layer>-<sublayer>``: of every sublayer.
     What is not finite is left out, as Megatron's writers do with what they don't have."""
     named: dict[str, float | None] = {}
-    for direction in ("forward", "backward"):
+    for direction in DIRECTIONS:
         composite, single = record["composite"][direction], record["single"][direction]
         named[f"mhc/composite-{direction}-max"] = composite["max"][0]
         named[f"mhc/composite-{direction}-min"] = composite["min"][0]
         for bound in ("max", "min"):
             gain, layer = extreme(record, direction, bound)
             named[f"mhc/composite-{direction}-{bound}-any-depth"] = gain
-            named[f"mhc/composite-{direction}-{bound}-any-depth-layer"] = layer
+            named[f"mhc/composite-{direction}-{bound}-any-depth-layer"] = None if gain is None else layer
         named[f"mhc/single-{direction}-max"] = _extreme(max, single["max"])
         named[f"mhc/single-{direction}-min"] = _extreme(min, single["min"])
     for what in ("row_error", "column_error", "similarity"):
@@ -32,7 +32,7 @@ def scalars(record: Record) -> dict[str, float]:
         named[f"mhc/{what}-spread-tokens"] = _extreme(max, [_extreme(max, row) for row in deviations])
     for i, (layer, name) in enumerate(record["sublayers"]):
         place = f"{layer:03d}-{name}"
-        for direction in ("forward", "backward"):
+        for direction in DIRECTIONS:
             for kind in ("single", "composite"):
                 for bound in ("max", "min"):
                     named[f"mhc-layers/{kind}-{direction}-{bound}/{place}"] = record[kind][direction][bound][i]

@@ -6,9 +6,8 @@ from collections.abc import Sequence
 
 from mhc_megatron.monitor.band import show
 from mhc_megatron.monitor.depth import extreme
-from mhc_megatron.monitor.records import Record, Run
+from mhc_megatron.monitor.records import DIRECTIONS, Record, Run
 
-DIRECTIONS = ("forward", "backward")
 COLUMNS = (
     "run",
     "iteration",

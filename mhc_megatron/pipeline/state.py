@@ -53,8 +53,8 @@ def share_pipeline(config: Any, mhc_config: MHCConfig) -> PipelineState:
     """
     state = pipeline_state(config)
     if state is None:
-        several = mhc_config.num_streams > 1 and config.pipeline_model_parallel_size > 1
-        links = several and mhc_config.pipeline_comm != "wide-stock" and why_not_own_links(config) is None
+        several = config.pipeline_model_parallel_size > 1
+        links = several and communication(mhc_config, config) != "wide-stock"
         state = PipelineState(mhc_config.num_streams, splits(mhc_config, config), links)
         setattr(config, _ATTRIBUTE, state)
     elif state.num_streams != mhc_config.num_streams:
@@ -69,6 +69,14 @@ def pipeline_state(config: Any) -> PipelineState | None:
     """The state that a model has left on its config; None for a model without mHC."""
     state: PipelineState | None = getattr(config, _ATTRIBUTE, None)
     return state
+
+
+def communication(mhc_config: MHCConfig, config: Any) -> str:
+    """How streams travel between pipeline stages: ``split``, ``wide`` or ``wide-stock`` (Megatron's own transfers)."""
+    asked = mhc_config.pipeline_comm
+    if mhc_config.num_streams == 1 or asked == "wide-stock" or why_not_own_links(config) is not None:
+        return "wide-stock"
+    return "split" if asked == "split" and why_not_split(config) is None else "wide"
 
 
 def splits(mhc_config: MHCConfig, config: Any) -> bool:

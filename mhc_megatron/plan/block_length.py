@@ -39,15 +39,13 @@ class BlockLength:
     """What was chosen for a stage.
 
     length: L_r in sublayers, and the peak of the stage's activations with it, in bytes. formula: the same two of the paper's
-    formula. optimum: of the length with the least peak of all. sublayers: of the stage's chunks.
+    formula. sublayers: of the stage's chunks.
     """
 
     length: int
     activations: float
     formula: int
     formula_activations: float
-    optimum: int
-    optimum_activations: float
     sublayers: tuple[int, ...]
 
     @property
@@ -71,18 +69,26 @@ def choose_block_length(run: Run, stage: int) -> BlockLength:
 
     order = stage_order(run, stage)
     peak_of = _peaks(run, stage, order)
-    peaks = {length: peak_of(length) for length in range(1, longest + 1)}
-    optimum = min(peaks, key=lambda length: (peaks[length], held(length)))
+    bounded = (length for length in range(1, longest + 1) if held(length)[0] <= WORST * held(formula)[0])
+    peaks = {length: peak_of(length) for length in bounded}
     loads = LOADS if run.config.num_moe_experts else ()
     loaded = [_peaks(_loaded(run, load), stage, order) for load in loads]
     limits = [(1 + MARGIN) * of(formula) for of in loaded]
-    left = {length: needed for length, needed in peaks.items() if held(length)[0] <= WORST * held(formula)[0]}
+    left = dict(peaks)
     while True:
         enough = (1 + MARGIN) * min(left.values())
         chosen = min((length for length, needed in left.items() if needed <= enough), key=held)
         if all(of(chosen) <= limit for of, limit in zip(loaded, limits, strict=True)):  # as the formula's does
-            return BlockLength(chosen, peaks[chosen], formula, peaks[formula], optimum, peaks[optimum], sublayers)
+            return BlockLength(chosen, peaks[chosen], formula, peaks[formula], sublayers)
         del left[chosen]
+
+
+def least_peak(run: Run, stage: int) -> tuple[int, float]:
+    """The block length with the lowest peak of the stage's activations of all, and that peak in bytes; to compare with."""
+    peak_of = _peaks(run, stage, stage_order(run, stage))
+    peaks = {length: peak_of(length) for length in range(1, max(1, *(2 * c.layers for c in run.chunks()[stage])) + 1)}
+    length = min(peaks, key=lambda length: peaks[length])
+    return length, peaks[length]
 
 
 def _peaks(run: Run, stage: int, order: list[Compute]) -> Callable[[int], float]:

@@ -62,10 +62,14 @@ def _fuse_boundaries(run: Run, layers: list[list[Operation]]) -> list[list[Opera
     if run.mhc is None:
         return layers
     more = stream_bytes(run) + hidden_bytes(run)
-    flat = [operation for layer in layers for operation in layer]
-    last = next((operation for operation in reversed(flat) if operation.name == MIX), None)
+    # Under full recompute the chain is cut between layers.
+    alone = layers if run.config.recompute_granularity == "full" else layers[-1:]
+    last = [next(operation for operation in reversed(layer) if operation.name == MIX) for layer in alone]
     return [
-        [replace(o, backward=o.backward + more) if o.name == MIX and o is not last else o for o in layer]
+        [
+            replace(o, backward=o.backward + more) if o.name == MIX and not any(o is one for one in last) else o
+            for o in layer
+        ]
         for layer in layers
     ]
 

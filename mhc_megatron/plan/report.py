@@ -7,15 +7,16 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from mhc_megatron.pipeline.state import communication
 from mhc_megatron.plan.advice import changes, fitting, highest_peak
-from mhc_megatron.plan.block_length import choose_block_length
+from mhc_megatron.plan.block_length import choose_block_length, least_peak
 from mhc_megatron.plan.gpus import Gpu
 from mhc_megatron.plan.groups import larger_groups
 from mhc_megatron.plan.memory import WORKSPACES, block_length, stage_memory, variant
 from mhc_megatron.plan.parameters import active_count, model_count
 from mhc_megatron.plan.peak import run_order
 from mhc_megatron.plan.run import Run
-from mhc_megatron.plan.schedule import SLOWED, Schedule, exchange
+from mhc_megatron.plan.schedule import CONTENTION, Schedule, exchange
 from mhc_megatron.plan.simulation import step_times
 from mhc_megatron.plan.traffic import added_seconds, boundary_bytes, chunk_seconds, kernel_traffic
 
@@ -73,9 +74,7 @@ def plan(
 
 def _kind(run: Run) -> str:
     """The communication that an mHC run of these arguments has."""
-    asked = "wide" if run.mhc is None else run.mhc.pipeline_comm
-    full = run.config.recompute_granularity == "full"  # its transfers stay wide
-    return "wide" if asked == "auto" or (asked == "split" and full) else asked
+    return "wide" if run.mhc is None else communication(run.mhc, run.config)
 
 
 def _expected(rows: Sequence[dict[str, Any]], link: float, kind: str) -> dict[str, Any]:
@@ -139,7 +138,7 @@ def simulated(
                 # Streams hide behind the smallest last sublayer's share.
                 forward_share=min(chunk.forward_share for stage in times for chunk in stage),
                 backward_share=min(chunk.backward_share for stage in times for chunk in stage),
-                slowed=SLOWED,
+                contention=CONTENTION,
                 **crossing,  # type: ignore[arg-type]
             )
             step, free = step_times(schedule)
@@ -177,7 +176,7 @@ def _passes(run: Run, gpu: Gpu, utilization: float) -> list[list[_Passes]]:
 def _mode(run: Run) -> str:
     if run.mhc is None:
         return "residual"
-    return "recompute" if run.mhc.recompute else "mhc"
+    return "recompute" if run.mhc.recompute and run.config.recompute_granularity != "full" else "mhc"
 
 
 def _layout(run: Run) -> dict[str, Any]:
@@ -195,6 +194,12 @@ def _layout(run: Run) -> dict[str, Any]:
         "sequence": run.sequence,
         "streams": run.streams,
     }
+
+
+def _lengths(run: Run, stage: int) -> dict[str, Any]:
+    """L_r of a stage: chosen, by the formula, with the least peak."""
+    optimum, activations = least_peak(run, stage)
+    return {**asdict(choose_block_length(run, stage)), "optimum": optimum, "optimum_activations": activations}
 
 
 def _stage(run: Run, stage: int, gpu: Gpu, utilization: float) -> dict[str, Any]:
@@ -216,7 +221,7 @@ def _stage(run: Run, stage: int, gpu: Gpu, utilization: float) -> dict[str, Any]
             "replaced_seconds": replaced,
         }
     full = run.config.recompute_granularity == "full"
-    automatic = None if full else choose_block_length(variant(run, "recompute"), stage)
+    automatic = None if full else _lengths(variant(run, "recompute"), stage)
     seconds = [chunk_seconds(run, chunk, gpu, utilization) for chunk in chunks]
     return {
         "stage": stage,
@@ -228,6 +233,6 @@ def _stage(run: Run, stage: int, gpu: Gpu, utilization: float) -> dict[str, Any]
         "buffers": memory.buffers,
         "in_flight": memory.in_flight,
         "compute_seconds": sum(forward + backward for forward, backward, _ in seconds),
-        "automatic_block_length": None if automatic is None else asdict(automatic),
+        "automatic_block_length": automatic,
         "modes": modes,
     }

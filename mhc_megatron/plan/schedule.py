@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from mhc_megatron.plan.order import Compute, Order
 
-SLOWED = 0.09
-"""`Schedule.slowed` where NCCL's kernels move the data. It fits what `benchmarks/pipeline.py` measured on two H100s over shared
+CONTENTION = 0.09
+"""`Schedule.contention` where NCCL's kernels move the data. It fits what `benchmarks/pipeline.py` measured on two H100s over shared
 memory (`benchmarks/simulated.py`); matrix products take most of it (`benchmarks/README.md`)."""
 
 Times = float | Sequence[Sequence[float]]
@@ -25,7 +25,7 @@ class Schedule:
         side: bytes of streams that cross apart from the schedule's own tensor (split); 0: none.
         forward_share, backward_share: the last sublayer's part of a pass's time: what the streams hide behind.
         bandwidth: bytes per second and direction; latency: seconds.
-        slowed: by how much longer a rank's computation takes beside a transfer of its own that moves, 0.1: by a tenth; beside
+        contention: by how much longer a rank's computation takes beside a transfer of its own that moves, 0.1: by a tenth; beside
             several by as much for each.
     """
 
@@ -44,7 +44,7 @@ class Schedule:
     forward_share: float = 0
     backward_share: float = 0
     latency: float = 0
-    slowed: float = 0
+    contention: float = 0
 
     @property
     def order(self) -> Order:

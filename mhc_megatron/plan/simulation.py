@@ -6,7 +6,7 @@ latency + bytes / bandwidth. With split transfers (`mhc_megatron.pipeline`) two 
 before the last sublayer of a chunk runs, as far as `mhc_megatron.pipeline.passes` has it, and their gradient is needed only when
 that sublayer's backward is over; transfers that it does not split carry n*C.
 
-Computation beside a transfer takes longer (`mhc_megatron.plan.schedule.SLOWED`): what is hidden is not free.
+Computation beside a transfer takes longer (`mhc_megatron.plan.schedule.CONTENTION`): what is hidden is not free.
 
 Not modelled: transfers that computation slows down, receives that wait (over NVLink they slow computation as well), the host,
 data- and expert-parallel traffic (in the compute times), NCCL's choice of one stream for both directions of a pair.
@@ -77,7 +77,7 @@ def simulate(schedule: Schedule) -> Result:
         RuntimeError: if the schedule comes to a standstill (a receive without a send).
     """
     step, spans, transfers = _Simulation(schedule).run()
-    free, _, _ = _Simulation(replace(schedule, transfer=0, side=0, latency=0, send_waits=schedule.send_waits)).run()
+    free, _, _ = _Simulation(replace(schedule, transfer=0, side=0, latency=0)).run()
     return Result(step, free, spans, transfers)
 
 
@@ -215,7 +215,7 @@ class _Simulation:
 
     def _pace(self, rank: int) -> None:
         """Plan the end of what a rank computes, if it does, by what moves beside it now."""
-        computing, pace = self.computing[rank], 1 / (1 + self.schedule.slowed * self.moving[rank])
+        computing, pace = self.computing[rank], 1 / (1 + self.schedule.contention * self.moving[rank])
         if computing is not None and pace != computing.pace:
             computing.left -= (self.now - computing.since) * computing.pace
             computing.since, computing.pace = self.now, pace
@@ -311,7 +311,7 @@ class _Simulation:
         start = max(self.now, self.links[link])
         busy = ends.size / schedule.bandwidth
         self.links[link] = start + busy
-        if schedule.slowed and busy:
+        if schedule.contention and busy:
             self._at(start, ends, 1)
             self._at(start + busy, ends, -1)
         end = start + busy + schedule.latency

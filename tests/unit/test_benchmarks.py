@@ -100,7 +100,7 @@ def test_transfers_are_matched(monkeypatch: pytest.MonkeyPatch) -> None:
 
     assert union([(3.0, 4.0), (0.0, 1.0), (0.5, 2.0)]) == [(0.0, 2.0), (3.0, 4.0)]
     first = Rank({7: [(0.0, 10.0), (20.0, 24.0)], 8: [(0.0, 1.0)]}, [(0.0, 7.0)], {"product": 5.0, "norm": 2.0})
-    second = Rank({7: [(6.0, 10.0), (18.0, 24.0)], 8: []}, [(5.0, 8.0), (21.0, 22.0)], {"product": 7.5, "norm": 1.0})
+    second = Rank({7: [(6.0, 10.0), (18.0, 24.0)], 8: []}, [(5.0, 8.0), (21.0, 22.0)], {"product": 7.5, "copy": 1.0})
     assert match(first, second) == {7: [Moved(4.0, 6.0, 2.0), Moved(4.0, 2.0, 1.0)]}
     assert describe(first, second) == (
         "    stream 7: 2 transfers, moving 4.00 ms (4.00 to 4.00), 38% of that beside computation; waiting 4.00, 8 in all"
@@ -120,6 +120,8 @@ def test_settings_of_nccl_come_and_go(monkeypatch: pytest.MonkeyPatch) -> None:
         assert not nccl_settings.wrong(setting)
         nccl_settings.apply(options, setting)
     assert nccl_settings.keep(options) == (True, 2, 4, 1)
+    with pytest.raises(ValueError, match=r"ctas4 is neither"):
+        nccl_settings.apply(options, "ctas4")
     nccl_settings.restore(options, before)
     assert nccl_settings.keep(options) == before
 

@@ -103,7 +103,10 @@ def test_data_cut_short(
     assert len(told.splitlines()) == 1
 
 
-@pytest.mark.parametrize(("kind", "package"), [("HuggingFaceTokenizer", "transformers"), ("TikTokenizer", "tiktoken")])
+@pytest.mark.parametrize(
+    ("kind", "package"),
+    [("HuggingFaceTokenizer", "transformers"), ("GPT2BPETokenizer", "transformers"), ("TikTokenizer", "tiktoken")],
+)
 @pytest.mark.usefixtures("hooks")
 def test_tokenizer_without_its_package(
     kind: str, package: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

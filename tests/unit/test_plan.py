@@ -21,11 +21,12 @@ from mhc_megatron.__main__ import main
 from mhc_megatron.dry_run import LaunchError, parse
 from mhc_megatron.plan.activations import chunk_pass
 from mhc_megatron.plan.block_length import choose_block_length
+from mhc_megatron.plan.gpus import GPUS
 from mhc_megatron.plan.memory import stage_memory, variant
 from mhc_megatron.plan.order import Place
 from mhc_megatron.plan.parameters import active_count, model_count, rank_count, static_memory
 from mhc_megatron.plan.run import Run
-from mhc_megatron.plan.traffic import boundary_bytes, chunk_flops, kernel_traffic
+from mhc_megatron.plan.traffic import added_seconds, boundary_bytes, chunk_flops, kernel_traffic
 from mhc_megatron.residual.recompute import automatic_length, microbatches_in_flight
 from tests import models
 from tests.ranks import run_ranks
@@ -129,26 +130,13 @@ def test_rank_under_layouts(world: int, settings: dict[str, Any], tmp_path: Path
 
 
 def _block(shape: str, kind: str, layers: int, settings: dict[str, Any]) -> Run:
-    """A block of benchmarks/overhead.py: forward and backward alone, unfused activations."""
+    """A block of benchmarks/overhead.py."""
     sys.path.insert(0, str(BENCHMARKS))
     try:
-        from blocks import SHAPES, VOCABULARY, of_kind
+        from blocks import of_kind, planned_run
     finally:
         sys.path.remove(str(BENCHMARKS))
-    fields = {name: value for name, value in SHAPES[shape].items() if name != "moe_permute_fusion"}
-    if "num_moe_experts" in fields:
-        fields["moe_layer_freq"] = [0] + [1] * (layers - 1)
-    config = models.make_config(
-        **fields,
-        num_layers=layers,
-        add_bias_linear=False,
-        gated_linear_unit=True,
-        activation_func=torch.nn.functional.silu,
-        bf16=True,
-        params_dtype=torch.bfloat16,
-    )
-    sequence, tokens = settings["sequence"], settings["tokens"]
-    return Run(config, of_kind(kind), 1, sequence, tokens // sequence, 1, VOCABULARY, gradients="plain")
+    return planned_run(shape, of_kind(kind), layers, settings["sequence"], settings["tokens"])
 
 
 def _length(kind: str, layers: int, result: dict[str, Any]) -> int | None:
@@ -182,7 +170,16 @@ def test_measured_peaks(name: str, layers: str, kind: str) -> None:
     assert predicted == pytest.approx(measured, rel=0.1)
 
 
-@pytest.mark.parametrize(("name", "layers"), [("h200_27b_memory", 4), ("h200_27b_memory", 8), ("h100_dense", 4)])
+@pytest.mark.parametrize(
+    ("name", "layers"),
+    [
+        ("h200_27b_memory", 4),
+        ("h200_27b_memory", 8),
+        ("h100_dense", 4),
+        # Blocks of 7: 0.15 GiB too little in the backward of the attention above them. Not known why.
+        pytest.param("h100_27b_planned", 4, marks=pytest.mark.xfail(strict=True)),
+    ],
+)
 def test_measured_increment_of_mhc(name: str, layers: int) -> None:
     """What mHC and its recompute (of the dense block in a block of seven) add to the residual model's peak: to 5 %."""
     recorded = json.loads((BENCHMARKS / "results" / f"{name}.json").read_text())
@@ -300,12 +297,16 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert modes["residual"]["total"] < modes["recompute"]["total"] < modes["mhc"]["total"]
 
 
+FULL = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1".split()
+
+
 @pytest.mark.parametrize(
     ("mode", "flags"),
     [
         ("mhc", []),
         ("recompute", ["--mhc-recompute"]),
-        ("mhc", "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1".split()),
+        ("mhc", FULL),
+        ("mhc", ["--mhc-recompute", *FULL]),  # is off then
     ],
 )
 @pytest.mark.usefixtures("no_hooks_left")
@@ -326,6 +327,32 @@ def test_expected_step_without_a_pipeline(
     name = "mHC with recompute" if mode == "recompute" else "mHC"
     expected = f"Expected step: residual {step['residual'] * 1e3:.1f} ms, {name} {step['mhc'] * 1e3:.1f} ms (+"
     assert expected in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("no_hooks_left")
+def test_hidden_transfers_slow_computation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def exposed() -> dict[str, float]:
+        written = tmp_path / "plan.json"
+        vpp = ["--num-layers-per-virtual-pipeline-stage", "1", "--link-speeds", "50", "--enable-mhc"]
+        assert main(["plan", "--world-size", "8", "--json", str(written), *LAUNCH, *vpp]) == 0
+        return {row["kind"]: row["exposed"] for row in json.loads(written.read_text())["pipeline"]}
+
+    slowed = exposed()
+    monkeypatch.setattr("mhc_megatron.plan.report.CONTENTION", 0.0)
+    free = exposed()
+    assert all(slowed[kind] > free[kind] for kind in ("wide", "split"))
+
+
+def test_kernels_of_the_forward_pass() -> None:
+    """Of 14 and 24 units for four streams (kernels/README.md), 5 and 6 of which a residual model has as well."""
+    run = _block("dense", "mhc", 2, {"sequence": 4096, "tokens": 4096})
+    (chunk,) = run.chunks()[0]
+    forward, backward = added_seconds(run, chunk, GPUS["h100"], None)
+    kernels, replaced = kernel_traffic(run, [chunk], None).seconds(GPUS["h100"])
+    assert forward == pytest.approx(kernels * 14 / 34 - replaced * 5 / 11)
+    assert forward + backward == pytest.approx(kernels - replaced)
 
 
 @pytest.mark.parametrize("comm", ["auto", "wide-stock", "split"])

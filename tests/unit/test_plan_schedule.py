@@ -17,7 +17,8 @@ from megatron.core.pipeline_parallel import p2p_communication, schedules
 
 from mhc_megatron.pipeline import passes
 from mhc_megatron.plan.order import Compute, Order, Post
-from mhc_megatron.plan.schedule import Schedule, exchange
+from mhc_megatron.plan.report import KINDS
+from mhc_megatron.plan.schedule import CONTENTION, Schedule, exchange
 from mhc_megatron.plan.simulation import simulate, step_times
 from tests import models
 from tests.ranks import run_ranks
@@ -61,10 +62,54 @@ def test_one_microbatch_by_hand() -> None:
 
 def test_computation_is_slower_beside_a_transfer() -> None:
     """Half as slow again for the 3 s in which the first microbatch's output leaves, and for no other: 2 of its 4 s are done."""
-    result = simulate(Schedule(2, 2, 4.0, 8.0, transfer=3.0, bandwidth=1.0, send_waits=False, slowed=0.5))
+    result = simulate(Schedule(2, 2, 4.0, 8.0, transfer=3.0, bandwidth=1.0, send_waits=False, contention=0.5))
     sender, receiver = result.rank(0), result.rank(1)
     assert [(span.start, span.end) for span in sender[:2]] == [(0.0, 4.0), (4.0, pytest.approx(9.0))]
     assert (receiver[0].start, receiver[0].end) == (7.0, 11.0)  # it receives the second one after its backward pass
+
+
+def test_computation_slowed_by_transfers_is_all_done() -> None:
+    """Whatever moves at either end of a link: what a pass does in its time, at the pace of each moment, is its work."""
+    contention = 0.3
+    sizes = {"transfer": 2.0, "bandwidth": 1.0, "send_waits": False, "contention": contention}
+    result = simulate(Schedule(3, 6, 4.0, 8.0, chunks=2, **sizes))
+    beside = {"receives": 0.0, "sends": 0.0}
+    for rank in range(3):
+        ends = [transfer for transfer in result.transfers if rank in (transfer.source, transfer.target)]
+        for span in result.rank(rank):
+            times = sorted(
+                {span.start, span.end, *(t for e in ends for t in (e.start, e.end) if span.start < t < span.end)}
+            )
+            work = 0.0
+            for start, end in itertools.pairwise(times):
+                moving = [e for e in ends if e.start <= start and end <= e.end]
+                work += (end - start) / (1 + contention * len(moving))
+                for transfer in moving:
+                    beside["receives" if transfer.target == rank else "sends"] += end - start
+            assert work == pytest.approx(4.0 if span.compute.forward else 8.0)
+    assert min(beside.values()) > 10, "of both there has to be something"
+
+
+MEASURED = [path.name for path in sorted((BENCHMARKS / "results").glob("h100x2_pipeline_shm*.json"))]
+FURTHER_OFF = {("4", "wide-stock"), ("4", "split")}  # benchmarks/README.md says by how much
+
+
+@pytest.mark.parametrize("name", MEASURED)
+def test_simulated_steps_are_the_measured_ones(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two H100s, streams over shared memory: every kind of communication, one to four chunks a stage."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import simulated
+
+    options = argparse.Namespace(latency=20.0, forward=0.38, contention=CONTENTION)
+    written = json.loads((BENCHMARKS / "results" / name).read_text())
+    for vpp, kinds in written["results"].items():
+        for kind, row in kinds.items():
+            if kind.partition(":")[0] not in KINDS:
+                continue
+            result = simulated.simulated(written["settings"], int(vpp), kind, row["local_ms"] / 1e3, options)
+            off = result.step * 1e3 / row["step_ms"] - 1
+            print(f"{name} VPP{vpp} {kind}: {off:+.1%}")
+            assert abs(off) < (0.07 if (vpp, kind) in FURTHER_OFF else 0.013), (vpp, kind)
 
 
 def test_split_by_hand() -> None:
@@ -233,7 +278,7 @@ def test_benchmark_of_the_simulator(tmp_path: Path) -> None:
         "gb_per_s": 36.0,
         "device": "none",
     }
-    options = argparse.Namespace(latency=0.0, forward=0.38, slowed=0.0)
+    options = argparse.Namespace(latency=0.0, forward=0.38, contention=0.0)
     for vpp in (1, 2, 4):
         exposed = {}
         for kind in ("residual", "wide-stock", "wide", "split"):
@@ -248,7 +293,7 @@ def test_benchmark_of_the_simulator(tmp_path: Path) -> None:
     }
     written = tmp_path / "results.json"
     written.write_text(json.dumps({"settings": settings, "results": {"4": rows}}))
-    simulated.main([str(written), "--latency", "0", "--slowed", "0"])
+    simulated.main([str(written), "--latency", "0", "--contention", "0"])
 
 
 def _record(settings: dict[str, Any], microbatches: int) -> None:

@@ -22,7 +22,7 @@ from mhc_megatron.pipeline.links import Arrival, _settings
 from mhc_megatron.pipeline.passes import Plan
 from mhc_megatron.pipeline.sends import Sends
 from mhc_megatron.pipeline.side_channel import SideChannel
-from mhc_megatron.pipeline.state import PipelineState, _report, share_pipeline, splits
+from mhc_megatron.pipeline.state import PipelineState, _report, communication, share_pipeline, splits
 from tests import models
 
 N, C, TOKENS = 4, 32, (6, 2)
@@ -261,6 +261,23 @@ def test_links_are_asked_for(comm: str, links: bool, split: bool) -> None:
     config = models.make_config(pipeline_model_parallel_size=2, pipeline_dtype=torch.float32)
     state = share_pipeline(config, MHCConfig(pipeline_comm=comm))
     assert (state.links, state.split) == (links, split)
+    assert communication(MHCConfig(pipeline_comm=comm), config) == ("wide" if comm == "auto" else comm)
+
+
+@pytest.mark.parametrize(
+    ("settings", "streams", "expected"),
+    [
+        ({"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}, 4, "wide"),
+        ({"variable_seq_lengths": True, "moe_token_dispatcher_type": "alltoall"}, 4, "wide-stock"),
+        ({}, 1, "wide-stock"),
+    ],
+)
+def test_split_can_not_be_had(settings: dict[str, Any], streams: int, expected: str) -> None:
+    config = models.make_config(pipeline_model_parallel_size=2, pipeline_dtype=torch.float32, **settings)
+    mhc_config = MHCConfig(pipeline_comm="split", num_streams=streams)
+    assert communication(mhc_config, config) == expected
+    state = share_pipeline(config, mhc_config)
+    assert (state.split, state.links) == (False, expected == "wide")
 
 
 @pytest.mark.parametrize(("stages", "streams"), [(1, 4), (2, 1)])

@@ -185,7 +185,12 @@ def record(shape: Shape, rank: int, monkeypatch: pytest.MonkeyPatch) -> list[Eve
     state.announces = bool(shape.microbatches % 2)  # chunks of one layer don't
     events: list[Event] = []
     recorder = Recorder(events, rank, shape.stages)
-    monkeypatch.setattr(Links, "of", lambda group, wraps, ahead: recorder)
+
+    def of(group: Any, wraps: bool, ahead: bool) -> Recorder:
+        assert ahead == (shape.comm == "split")
+        return recorder
+
+    monkeypatch.setattr(Links, "of", of)
     group = Place(shape.stages, shape.chunks, rank)
     alone = Place(1, 1, 0)
     groups = ProcessGroupCollection(tp=alone, cp=alone, pp=group)
