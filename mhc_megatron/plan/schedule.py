@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from mhc_megatron.plan.order import Compute, Order
 
 CONTENTION = 0.09
-"""`Schedule.contention` where NCCL's kernels move the data. It fits what `benchmarks/pipeline.py` measured on two H100s over shared
-memory (`benchmarks/simulated.py`); matrix products take most of it (`benchmarks/README.md`)."""
+"""`Schedule.contention` where NCCL's kernels move the data. It fits what `benchmarks/pipeline.py` measured on two H100s over
+shared memory (`benchmarks/simulated.py`); matrix products take most of it (`benchmarks/README.md`)."""
 
 Times = float | Sequence[Sequence[float]]
 
