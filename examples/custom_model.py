@@ -26,7 +26,7 @@ VOCABULARY, LENGTH = 256, 64
 
 
 def parameter_groups(model: torch.nn.Module) -> list[dict]:
-    """No weight decay on mHC's phi, alpha and biases, as in the launcher; on the others as ever."""
+    """No weight decay on mHC's phi, alpha and biases, as in the launcher; on the others the optimizer's."""
     own = [p for name, p in model.named_parameters() if ".hyper_connection." in name]
     others = [p for name, p in model.named_parameters() if ".hyper_connection." not in name]
     return [{"params": own, "weight_decay": 0.0}, {"params": others}]

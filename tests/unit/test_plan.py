@@ -176,8 +176,11 @@ def test_measured_peaks(name: str, layers: str, kind: str) -> None:
         ("h200_27b_memory", 4),
         ("h200_27b_memory", 8),
         ("h100_dense", 4),
-        # Blocks of 7: 0.15 GiB too little in the backward of the attention above them. Not known why.
-        pytest.param("h100_27b_planned", 4, marks=pytest.mark.xfail(strict=True)),
+        pytest.param(
+            "h100_27b_planned",
+            4,
+            marks=pytest.mark.xfail(strict=True, reason="with blocks of 7, 0.15 GiB too little; not known where"),
+        ),
     ],
 )
 def test_measured_increment_of_mhc(name: str, layers: int) -> None:
@@ -291,7 +294,7 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert f"With {larger['arguments']} (peak" in text
     assert larger["peak"] > plan["peak"]
     with_groups = {row["kind"]: row["exposed"] for row in larger["pipeline"]}
-    assert with_groups["wide"] < 0.6 * exposed["wide"]  # what is hidden slows computation down
+    assert with_groups["wide"] < exposed["wide"]
     for stage in plan["stages"]:
         modes = stage["modes"]
         assert modes["residual"]["total"] < modes["recompute"]["total"] < modes["mhc"]["total"]
@@ -333,16 +336,31 @@ def test_expected_step_without_a_pipeline(
 def test_hidden_transfers_slow_computation(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def exposed() -> dict[str, float]:
+    """More is exposed than what is waited for; of that alone, larger groups leave less than half over NVLink."""
+
+    def exposed() -> tuple[dict[str, float], dict[str, float]]:
         written = tmp_path / "plan.json"
-        vpp = ["--num-layers-per-virtual-pipeline-stage", "1", "--link-speeds", "50", "--enable-mhc"]
+        vpp = [
+            "--num-layers-per-virtual-pipeline-stage",
+            "1",
+            "--link-speeds",
+            "300",
+            "--enable-mhc",
+            "--mhc-recompute",
+        ]
         assert main(["plan", "--world-size", "8", "--json", str(written), *LAUNCH, *vpp]) == 0
-        return {row["kind"]: row["exposed"] for row in json.loads(written.read_text())["pipeline"]}
+        plan = json.loads(written.read_text())
+        rows = plan["pipeline"], plan["larger_groups"]["pipeline"]
+        smaller, larger = ({row["kind"]: row["exposed"] for row in of} for of in rows)
+        return smaller, larger
 
     slowed = exposed()
     monkeypatch.setattr("mhc_megatron.plan.report.CONTENTION", 0.0)
-    free = exposed()
-    assert all(slowed[kind] > free[kind] for kind in ("wide", "split"))
+    waited = exposed()
+    for more, less in zip(slowed, waited, strict=True):
+        assert all(more[kind] > less[kind] for kind in ("wide", "split"))
+    smaller, larger = waited
+    assert larger["wide"] < smaller["wide"] / 2
 
 
 def test_kernels_of_the_forward_pass() -> None:
