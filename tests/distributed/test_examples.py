@@ -60,9 +60,9 @@ def test_full_disk(folder: Path, full_disk: Run) -> None:
     assert (folder / "run" / "latest_checkpointed_iteration.txt").read_text() == str(SAVED)
 
 
-def killed(folder: Path, restarts: int) -> tuple[Run, str]:
+def killed(folder: Path, restarts: int, after: int, save_interval: int = SAVED) -> tuple[Run, str]:
     """A run from iteration SAVED on two "nodes" with a launcher each, a rank of the second killed after an iteration, to its end;
-    and the second launcher's exit status."""
+    and the second launcher's exit status. Nothing outlives it."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -72,19 +72,21 @@ def killed(folder: Path, restarts: int) -> tuple[Run, str]:
         "MASTER_ADDR": "localhost",
         "MASTER_PORT": port,
         "MAX_RESTARTS": restarts,
+        "SAVE_INTERVAL": save_interval,
     }
     status = folder / f"status-{restarts}"
     second = f'(NODE_RANK=1 bash "$0" "$1"; echo $? > {status}) &'
-    run = start(folder, second, **two_nodes).until(SAVED + 1)
+    run = start(folder, second, **two_nodes).until(after)
     run.rank(1).send_signal(signal.SIGKILL)
     run.until()
     assert run.left_behind() == []
+    run.until()
     return run, status.read_text().strip()
 
 
 @pytest.fixture(scope="module")
 def not_restarted(folder: Path, full_disk: Run) -> tuple[Run, str]:
-    return killed(folder, restarts=0)
+    return killed(folder, restarts=0, after=SAVED + 1)
 
 
 def test_killed_rank_without_restarts(folder: Path, not_restarted: tuple[Run, str]) -> None:
@@ -100,19 +102,22 @@ def test_killed_rank_without_restarts(folder: Path, not_restarted: tuple[Run, st
 def test_killed_rank_is_restarted(
     folder: Path, whole: dict[int, float], full_disk: Run, not_restarted: tuple[Run, str]
 ) -> None:
-    """SIGKILL of a rank: both launchers start again, and the loss curve is the uninterrupted one.
+    """SIGKILL of a rank that has saved: both launchers start again, and the loss curve is the uninterrupted one.
 
-    They begin where a full disk and a killed rank ended runs; what those left behind is no hindrance.
+    They begin where a full disk and a killed rank ended runs; what those left behind is no hindrance. (After its first save a
+    rank has processes of its own, which outlive it when it is killed: the launcher ends them.)
     """
-    run, second = killed(folder, restarts=1)
+    again = SAVED + 1
+    run, second = killed(folder, restarts=1, after=again + 1, save_interval=SAVED - 1)
     assert second == "0"
+    assert "SIGTERM to what the job has left behind" in run.output
     assert run.process.returncode == 0, run.output[-4000:]
-    starts = [n for n, (iteration, _) in enumerate(run.losses) if iteration == SAVED + 1]
+    starts = [0, *(n for n, (iteration, _) in enumerate(run.losses) if iteration == again + 1)][:3:2]
     assert len(starts) == 2, "not restarted from the checkpoint"
     for losses in (run.losses[: starts[1]], run.losses[starts[1] :], full_disk.losses):
-        for iteration, loss in losses:
+        for n, (iteration, loss) in enumerate(losses):
             # Megatron logs the second iteration after a start as the average of the first two.
-            expected = whole[iteration] if iteration != SAVED + 2 else (whole[SAVED + 1] + whole[SAVED + 2]) / 2
+            expected = whole[iteration] if n != 1 else (whole[iteration - 1] + whole[iteration]) / 2
             assert loss == pytest.approx(expected, rel=1e-6)
     assert run.losses[-1][0] == STEPS
     assert (folder / "run" / "latest_checkpointed_iteration.txt").read_text() == str(STEPS)
