@@ -57,8 +57,11 @@ whole EVAL_ITERS 0
 whole MONITOR_INTERVAL 0
 whole MAX_RESTARTS 0
 [[ -z $EXIT_AFTER_MINUTES ]] || whole EXIT_AFTER_MINUTES 1
-[[ $LEARNING_RATE =~ ^[0-9.]+([eE][-+]?[0-9]+)?$ ]] || fail "LEARNING_RATE must be a positive number, got '$LEARNING_RATE'"
+[[ $LEARNING_RATE =~ ^([0-9]+\.?|[0-9]*\.[0-9]+)([eE][-+]?[0-9]+)?$ && ${LEARNING_RATE%%[eE]*} =~ [1-9] ]] || fail "LEARNING_RATE must be a positive number, got '$LEARNING_RATE'"
 one_of MODE residual hc mhc
+one_of MHC_INIT preserve paper
+one_of MHC_BACKEND auto triton reference
+one_of PIPELINE_COMM auto wide split wide-stock
 one_of RECOMPUTE none selective full
 one_of MHC_RECOMPUTE auto 0 1
 for name in CPU DRY_RUN MOCK_DATA GRADIENT_ACCUMULATION_FUSION; do one_of "$name" 0 1; done

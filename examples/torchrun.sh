@@ -31,26 +31,7 @@ fi
 complete
 mkdir -p "$CHECKPOINTS" || fail "CHECKPOINTS: can't make the folder $CHECKPOINTS"
 
-# A rank that is killed leaves the processes that it had started, after its first save Megatron's helper for checkpoints. They never
-# end, and hold this script's output open. Beside torchrun a shell waits for its end, and ends what is still there a little later.
-export MHC_LAUNCH=$$-$RANDOM$RANDOM
-left_behind() {
-    local environment id
-    for environment in $(grep -lsxz "MHC_LAUNCH=$MHC_LAUNCH" /proc/[0-9]*/environ); do
-        id=${environment//[!0-9]/}
-        [[ -d /proc/$id ]] && echo "$id" # not the search itself
-    done
-}
-(
-    set +e
-    trap '' INT TERM HUP
-    while kill -0 $$ 2>/dev/null; do sleep 1; done
-    for signal in TERM KILL; do
-        [[ -n $(left_behind) ]] && sleep 5
-        ids=$(left_behind)
-        [[ -z $ids ]] && break
-        echo "mhc-megatron: SIG$signal to what the job has left behind:" $ids >&2
-        kill -"$signal" $ids 2>/dev/null
-    done
-) </dev/null >/dev/null &
+mark=$$-$RANDOM$RANDOM
+setsid bash "$EXAMPLES/left_behind.sh" "$mark" $$ </dev/null >/dev/null &
+export MHC_LAUNCH=$mark
 exec "${TORCHRUN[@]}" "${LAUNCHER[@]}" "$PRETRAIN_SCRIPT" "${ARGUMENTS[@]}"

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from mhc_megatron.quickstart import data
-from tests.examples import SMALL, Run
+from tests.examples import SMALL, Run, launch
 
 STEPS, SAVED = 6, 3
 SETTINGS = {
@@ -21,9 +21,12 @@ SETTINGS = {
 }
 
 
+def settings_of(folder: Path) -> dict[str, object]:
+    return {**SETTINGS, "DATA_PATH": folder / "text", "DATA_CACHE": folder / "cache", "CHECKPOINTS": folder / "run"}
+
+
 def start(folder: Path, before: str = "", **settings: object) -> Run:
-    text = {"DATA_PATH": folder / "text", "DATA_CACHE": folder / "cache", "CHECKPOINTS": folder / "run"}
-    return Run("27b", before, **{**SETTINGS, **text, **settings})
+    return Run("27b", before, **{**settings_of(folder), **settings})
 
 
 @pytest.fixture(scope="module")
@@ -121,3 +124,6 @@ def test_killed_rank_is_restarted(
             assert loss == pytest.approx(expected, rel=1e-6)
     assert run.losses[-1][0] == STEPS
     assert (folder / "run" / "latest_checkpointed_iteration.txt").read_text() == str(STEPS)
+    # Once more, by a caller that reads all output before it asks for the process: a finished run ends well.
+    finished = launch("27b", **settings_of(folder))
+    assert finished.returncode == 0, finished.stderr[-4000:]
