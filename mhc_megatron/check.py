@@ -197,10 +197,14 @@ def _run(args: Any, config: Any, microbatches: int) -> Run:
 
 def _slow(run: Run) -> str | None:
     """Why mHC would run without its kernels."""
+    from mhc_megatron.pipeline.cut import check_mtp
     from mhc_megatron.residual.backend import why_reference
 
     with _refusals("mHC"):
-        return None if run.mhc is None else why_reference(run.mhc, run.config)
+        if run.mhc is None:
+            return None
+        check_mtp(run.config)
+        return why_reference(run.mhc, run.config)
 
 
 def _model(run: Run) -> str:

@@ -34,7 +34,6 @@ CONFLICTS = (
     ),
     Conflict("enable_mhc_connections", _is_set, "that is Megatron's own mHC; use one of the two"),
     Conflict("enable_hyper_connections", _is_set, "that is Megatron's own hyper-connections; use one of the two"),
-    Conflict("mtp_num_layers", _is_set, "multi-token prediction with mHC is not supported in this release; remove it"),
     Conflict(
         "overlap_moe_expert_parallel_comm",
         _is_set,

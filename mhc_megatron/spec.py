@@ -7,6 +7,9 @@ dispatcher, experts and Transformer Engine modules stay Megatron's own:
     input_layernorm, pre_mlp_layernorm  ->  HyperConnectionInput: map, aggregate, norm; returns (u, Residual)
     self_attn_bda, mlp_bda              ->  hyper_connection_add: x' = H_res @ x + H_post (y + bias)
     the block's layer_norm              ->  StreamExit: contract the streams, then the final norm
+
+A layer of multi-token prediction (MTP) gets one stream, as Megatron projects it from the final norm's output and the next
+token's embedding; its transformer layer expands it, and contracts what comes out.
 """
 
 from __future__ import annotations
@@ -17,6 +20,10 @@ import functools
 from typing import Any
 
 from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.multi_token_prediction import (
+    MultiTokenPredictionBlock,
+    MultiTokenPredictionBlockSubmodules,
+)
 from megatron.core.transformer.spec_utils import ModuleSpec, get_module
 from megatron.core.transformer.transformer_block import TransformerBlock, TransformerBlockSubmodules
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
@@ -34,13 +41,16 @@ _CHECKPOINT_KEYS = {
 }
 
 
-def to_mhc_spec[Spec: (ModuleSpec, TransformerBlockSubmodules)](spec: Spec, mhc_config: MHCConfig) -> Spec:
+def to_mhc_spec[Spec: (ModuleSpec, TransformerBlockSubmodules, MultiTokenPredictionBlockSubmodules)](
+    spec: Spec, mhc_config: MHCConfig
+) -> Spec:
     """The same spec with mHC residual connections. The input is not modified.
 
     Args:
         spec: a TransformerLayer ModuleSpec (local or Transformer Engine; dense or MoE; MLA or not), a
             TransformerBlockSubmodules, or a TransformerBlock ModuleSpec. A block spec keeps its ``moe_layer_freq``
-            pattern and may be a pipeline chunk's, without layers as well.
+            pattern and may be a pipeline chunk's, without layers as well. Or what ``get_gpt_mtp_block_spec`` makes of a
+            stock spec (of a converted block spec it makes mHC layers by itself).
         mhc_config: settings.
 
     Returns:
@@ -53,8 +63,14 @@ def to_mhc_spec[Spec: (ModuleSpec, TransformerBlockSubmodules)](spec: Spec, mhc_
     """
     if isinstance(spec, TransformerBlockSubmodules):
         return _block(spec, mhc_config)
+    if isinstance(spec, MultiTokenPredictionBlockSubmodules):
+        return _mtp_block(spec, mhc_config)
     if isinstance(spec, ModuleSpec):
         module = get_module(spec)
+        if isinstance(module, type) and issubclass(module, MultiTokenPredictionBlock):
+            converted = copy.copy(spec)
+            converted.submodules = _mtp_block(spec.submodules, mhc_config)
+            return converted
         if isinstance(module, type) and issubclass(module, TransformerBlock):
             converted = copy.copy(spec)
             converted.submodules = _block(spec.submodules, mhc_config)
@@ -75,6 +91,17 @@ def _block(block: TransformerBlockSubmodules, mhc_config: MHCConfig) -> Transfor
         layers = [ModuleSpec(StreamEntryLayer, submodules=TransformerLayerSubmodules(input_layernorm=entry))]
     exit_ = functools.partial(StreamExit, block.layer_norm or IdentityOp, mhc_config)
     return dataclasses.replace(block, layer_specs=layers, layer_norm=exit_)
+
+
+def _mtp_block(
+    block: MultiTokenPredictionBlockSubmodules, mhc_config: MHCConfig
+) -> MultiTokenPredictionBlockSubmodules:
+    layers = []
+    for spec in block.layer_specs or []:
+        inner = _layer(spec.submodules.mtp_model_layer, mhc_config, contract_after_last=False)
+        layers.append(copy.copy(spec))
+        layers[-1].submodules = dataclasses.replace(spec.submodules, mtp_model_layer=inner)
+    return dataclasses.replace(block, layer_specs=layers)
 
 
 def _layer(spec: ModuleSpec, mhc_config: MHCConfig, *, contract_after_last: bool) -> ModuleSpec:

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.models.gpt import GPTModel
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec, get_gpt_mtp_block_spec
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer import MLATransformerConfig, TransformerConfig
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
@@ -77,16 +77,25 @@ def block_spec(config: TransformerConfig, te: bool, vp_stage: int | None = None)
     return dataclasses.replace(spec, layer_norm=WrappedTorchNorm) if local_norm == "RMSNorm" else spec
 
 
+def specs(
+    config: TransformerConfig, mhc: MHCConfig | None, vp_stage: int | None = None, te: bool = False
+) -> dict[str, Any]:
+    """A GPTModel's block spec and its MTP layers', converted unless mhc is None."""
+    block = block_spec(config, te, vp_stage)
+    mtp = get_gpt_mtp_block_spec(config, block, te, vp_stage) if config.mtp_num_layers and block.layer_specs else None
+    if mhc is not None:
+        block = to_mhc_spec(block, mhc)
+        mtp = to_mhc_spec(mtp, mhc) if mtp else None
+    return {"transformer_layer_spec": block, "mtp_block_spec": mtp}
+
+
 def build(config: TransformerConfig, mhc: MHCConfig | None, vp_stage: int | None = None, te: bool = False) -> GPTModel:
     """This rank's GPTModel (chunk ``vp_stage``), its spec converted unless mhc is None."""
-    spec = block_spec(config, te, vp_stage)
-    if mhc is not None:
-        spec = to_mhc_spec(spec, mhc)
     return GPTModel(
         config,
-        spec,
-        VOCABULARY,
-        SEQUENCE,
+        vocab_size=VOCABULARY,
+        max_sequence_length=SEQUENCE,
+        **specs(config, mhc, vp_stage, te),
         pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
         post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
         position_embedding_type="rope",

@@ -19,6 +19,7 @@ from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEm
 from megatron.core.models.common.embeddings.yarn_rotary_pos_embedding import YarnRotaryEmbedding
 from megatron.core.pipeline_parallel import schedules
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
 
 import mhc_megatron
 
@@ -56,6 +57,7 @@ def _groups(store: Path, rank: int, world: int, **layout: Any) -> Iterator[None]
         # Groups that outlive this deadlock a rank forked later, when it lets go of them: their threads are not there.
         for embedding in (RotaryEmbedding, YarnRotaryEmbedding):
             embedding.forward.cache_clear()  # keyed by groups
+        MTPLossLoggingHelper.tracker.clear()
         for name, value in list(vars(parallel_state).items()):
             if isinstance(value, dist.ProcessGroup):
                 setattr(parallel_state, name, None)

@@ -38,6 +38,8 @@ def _init(original: Callable[..., Any]) -> Callable[..., Any]:
                     "--enable-mhc: this script's spec is an mHC spec already; remove the flag or its to_mhc_spec"
                 )
             arguments["transformer_layer_spec"] = to_mhc_spec(block, mhc_config)
+            if arguments.get("mtp_block_spec") is not None:
+                arguments["mtp_block_spec"] = to_mhc_spec(arguments["mtp_block_spec"], mhc_config)
         else:
             mhc_config = _settings(arguments["transformer_layer_spec"])
         if mhc_config is not None:

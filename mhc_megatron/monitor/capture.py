@@ -37,10 +37,12 @@ class Sublayer(NamedTuple):
 
 
 def find_sublayers(chunks: Sequence[nn.Module]) -> list[Sublayer]:
-    """The mHC inputs of these model chunks."""
+    """The mHC inputs of the decoder layers of these model chunks (MTP layers are not part of that depth)."""
     found = []
     for layer in (m for chunk in chunks for m in chunk.modules() if isinstance(m, HyperConnectionLayer)):
         inner: Any = layer
+        if inner.is_mtp_layer:
+            continue
         for name, module in zip(SUBLAYERS, (inner.input_layernorm, inner.pre_mlp_layernorm), strict=True):
             if isinstance(module, HyperConnectionInput):
                 found.append(Sublayer(inner.layer_number, name, weakref.ref(module)))

@@ -6,11 +6,9 @@ import argparse
 from dataclasses import dataclass
 from typing import Any
 
-from megatron.core.transformer.enums import LayerType
-from megatron.core.transformer.transformer_block import get_num_layers_to_build
-
 from mhc_megatron.arguments import check_args
 from mhc_megatron.config import MHCConfig
+from mhc_megatron.pipeline.cut import layers_of_chunk
 from mhc_megatron.residual.backend import why_reference
 
 
@@ -176,15 +174,10 @@ class Run:
 
 def _cut(config: Any, stage: int, number: int) -> tuple[int, bool, bool]:
     """Layers of a chunk, and whether it has the embedding and the loss."""
-    vp_stage = number if config.virtual_pipeline_model_parallel_size else None
     last = (config.virtual_pipeline_model_parallel_size or 1) - 1
     embedding = stage == 0 and number == 0
     loss = stage == config.pipeline_model_parallel_size - 1 and number == last
-    if config.pipeline_model_parallel_layout is not None:  # its own count asks for process groups
-        layers = config.pipeline_model_parallel_layout.layout[stage][number].count(LayerType.decoder)
-    else:
-        layers = get_num_layers_to_build(config, vp_stage=vp_stage, pp_rank=stage)
-    return layers, embedding, loss
+    return layers_of_chunk(config, stage, number), embedding, loss
 
 
 def not_covered(args: argparse.Namespace, activations: bool = False) -> str | None:

@@ -55,7 +55,9 @@ def forward_step(data_iterator: Iterator[Batch], model: torch.nn.Module) -> Any:
     if batch is None:
         # The local attention of a middle chunk still asks for the mask; it is the same causal one for every batch.
         return model(None, None, causal_mask(), labels=None), functools.partial(loss_function, None)
-    output = model(batch["tokens"], batch["position_ids"], causal_mask(), labels=batch["labels"])
+    # Layers of multi-token prediction have losses of their own, and take the mask.
+    given = {"labels": batch["labels"], "loss_mask": batch["loss_mask"]}
+    output = model(batch["tokens"], batch["position_ids"], causal_mask(), **given)
     return output, functools.partial(loss_function, batch["loss_mask"])
 
 

@@ -91,10 +91,13 @@ class Chain:
         self._place: tuple[int, int] | None = None
         self._length = ChainLength()
 
-    def extend(self, config: Any, layer_number: int, inputs: list[Any]) -> ChainLength:
-        """Link the mHC inputs of one layer to each other and to the previous layer's last one. Returns the chain so far."""
+    def extend(self, config: Any, layer_number: int, inputs: list[Any], alone: bool = False) -> ChainLength:
+        """Link the mHC inputs of one layer to each other and to the previous layer's last one. Returns the chain so far.
+
+        alone: the layer reads and writes one stream: nothing comes before or after it.
+        """
         before: Any = None
-        if self._last is not None and self._place == (id(config), layer_number - 1):
+        if not alone and self._last is not None and self._place == (id(config), layer_number - 1):
             before = self._last()
         if config.recompute_granularity == "full":
             before = None
@@ -106,7 +109,7 @@ class Chain:
             self._length.sublayers += 1
             reader.set_chain(self._length)
             before = reader
-        self._last = weakref.ref(before) if before is not None else None
+        self._last = weakref.ref(before) if before is not None and not alone else None
         self._place = (id(config), layer_number)
         self._length.layers += bool(inputs)
         return self._length

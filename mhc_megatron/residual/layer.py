@@ -1,4 +1,4 @@
-"""What a TransformerLayer must know beyond its spec: whether it is the model's first or last, and its checkpoint keys."""
+"""What a TransformerLayer must know beyond its spec: whether streams begin or end with it, and what it is linked to."""
 
 from __future__ import annotations
 
@@ -12,9 +12,11 @@ from torch import Tensor
 
 from mhc_megatron.config import MHCConfig
 from mhc_megatron.conflicts import check_conflicts
+from mhc_megatron.pipeline.cut import check_mtp
 from mhc_megatron.pipeline.state import sends_on, share_pipeline
 from mhc_megatron.residual.chain import CHAIN
 from mhc_megatron.residual.entry_exit import StreamEntry, contract
+from mhc_megatron.residual.hyper_connection import ExitHead
 from mhc_megatron.residual.input import HyperConnectionInput
 from mhc_megatron.residual.norm_wrapper import NormWrapper
 from mhc_megatron.residual.streams import expand
@@ -22,6 +24,8 @@ from mhc_megatron.residual.streams import expand
 
 class HyperConnectionLayer:
     """Mixin before a TransformerLayer class (`hyper_connection_layer` combines them); takes two arguments of its own.
+
+    In a layer of multi-token prediction streams begin and end with this layer, ``[s, b, C]`` outside.
 
     Args:
         mhc_config: settings.
@@ -31,6 +35,7 @@ class HyperConnectionLayer:
 
     def __init__(self, config: Any, *args: Any, mhc_config: MHCConfig, contract_after_last: bool, **kwargs: Any):
         check_conflicts(config)
+        check_mtp(config)
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         self.mhc_config = mhc_config
         layer: Any = self
@@ -38,15 +43,17 @@ class HyperConnectionLayer:
             if isinstance(norm, NormWrapper):
                 norm.tp_group = layer.tp_group
         inputs = [m for m in (layer.input_layernorm, layer.pre_mlp_layernorm) if isinstance(m, HyperConnectionInput)]
-        chain = CHAIN.extend(config, layer.layer_number, inputs)
+        chain = CHAIN.extend(config, layer.layer_number, inputs, alone=layer.is_mtp_layer)
         vp_stage = kwargs.get("vp_stage")
-        splits = share_pipeline(config, mhc_config).split
+        splits = share_pipeline(config, mhc_config).split and not layer.is_mtp_layer
         if inputs and splits and _ends_chunk(layer, vp_stage) and sends_on(layer, vp_stage):
             inputs[-1].set_departure()
         if inputs and splits and chain.layers == 2:
             inputs[0].set_announcing()
-        self.is_entry = layer.layer_number == 1
-        self.is_exit = contract_after_last and layer.layer_number == config.num_layers
+        self.is_entry = layer.layer_number == 1 or layer.is_mtp_layer
+        self.is_exit = (contract_after_last and layer.layer_number == config.num_layers) or layer.is_mtp_layer
+        learned = layer.is_mtp_layer and mhc_config.learned_exit
+        self.exit_hyper_connection = ExitHead(config, mhc_config, config.hidden_size) if learned else None
         if contract_after_last:
             _check_no_chunk_without_layers(config)
 
@@ -56,7 +63,7 @@ class HyperConnectionLayer:
             hidden_states = expand(hidden_states, self.mhc_config.num_streams)
         hidden, context = super().forward(hidden_states, *args, **kwargs)  # type: ignore[misc]
         if self.is_exit:
-            hidden = contract(hidden, self.mhc_config.num_streams, None, self.mhc_config.backend)
+            hidden = contract(hidden, self.mhc_config.num_streams, self.exit_hyper_connection, self.mhc_config.backend)
         return hidden, context
 
 
@@ -71,6 +78,7 @@ class StreamEntryLayer(TransformerLayer):
     """The one layer of a pipeline chunk that has none: only its input norm, a `StreamEntry`, does anything."""
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any):
+        check_mtp(config)
         super().__init__(config, *args, **kwargs)
         entry: Any = self.input_layernorm
         assert isinstance(entry, StreamEntry)

@@ -40,8 +40,15 @@ MHC_RECOMPUTE = {"mhc": {"backend": "triton", "recompute": True}}  # with interp
 SPLIT, WIDE = {"mhc": {"pipeline_comm": "split"}}, {"mhc": {"pipeline_comm": "wide"}}
 ENDS_APART = {"pipeline_model_parallel_layout": "E|tt|tt|L"}
 
-# name: (processes, parallel sizes, further settings; "mhc": of MHCConfig). Dense where it says so (Megatron wants SP for TP
-# with MoE), else MoE.
+# The model of a layout whose name begins like this; of any other, MoE (Megatron wants SP for TP with MoE).
+KINDS = {
+    "dense": models.DENSE,
+    "moe": models.MOE,
+    "mtp": {**models.MOE, "mtp_num_layers": 2},
+    "mtp_dense": {**models.DENSE, "mtp_num_layers": 1},
+}
+
+# name: (processes, parallel sizes, further settings; "mhc": of MHCConfig).
 LAYOUTS: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
     "recompute": (1, {}, RECOMPUTE),
     "dense-tp2": (2, TP2, {}),
@@ -71,18 +78,23 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
     "dense-pp2-vpp2-split-mhc-recompute": (2, VPP2, {**INTERLEAVED, "mhc": {**SPLIT["mhc"], **MHC_RECOMPUTE["mhc"]}}),
     "pp2-ep2": (4, {**PP2, **EP2}, {}),
     "pp2-tp2-sp": (4, {**PP2, **TP2}, {"sequence_parallel": True}),
+    "mtp-tp2-sp-recompute": (2, TP2, {"sequence_parallel": True, **RECOMPUTE, "distribute_saved_activations": False}),
+    "mtp-ep2": (2, EP2, {}),
+    "mtp-pp2-vpp2-split": (2, VPP2, {**INTERLEAVED, **SPLIT, "deallocate_pipeline_outputs": True}),
+    "mtp-pp2-vpp2-uneven": (2, VPP2, {**INTERLEAVED, "pipeline_model_parallel_layout": "E|tt|t|tmmL"}),
+    "mtp_dense-pp2-mhc-recompute": (2, PP2, MHC_RECOMPUTE),
     "pp4-ends-apart": (4, {"pipeline_model_parallel_size": 4}, ENDS_APART),
 }
 
 
 def _model(name: str) -> str:
-    return "dense" if name.startswith("dense") else "moe"
+    return next((kind for kind in KINDS if name.split("-")[0] == kind), "moe")
 
 
 def _train(folder: Path, settings: dict[str, Any], out: str) -> None:
     mhc = dataclasses.replace(MHC, **settings.get("mhc", {}))
     settings = {name: value for name, value in settings.items() if name != "mhc"}
-    config = models.make_config(**models.MODELS[_model(out)], **settings)
+    config = models.make_config(**KINDS[_model(out)], **settings)
     vpp = config.virtual_pipeline_model_parallel_size
     chunks = [models.build(config, mhc, stage) for stage in (range(vpp) if vpp else [None])]
     parameters = folder / f"{_model(out)}.parameters"
@@ -135,7 +147,7 @@ def _losses(folder: Path, out: str) -> list[float]:
 
 
 def _gradients(folder: Path, out: str) -> dict[str, torch.Tensor]:
-    model = models.build(models.make_config(**models.MODELS[_model(out)]), MHC)
+    model = models.build(models.make_config(**KINDS[_model(out)]), MHC)
     models.load([model], folder / out)
     return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
 
@@ -144,7 +156,7 @@ def _gradients(folder: Path, out: str) -> dict[str, torch.Tensor]:
 def reference(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any], dict[str, Any]]:
     folder = tmp_path_factory.mktemp("layouts")
     losses, gradients = {}, {}
-    for model in ("dense", "moe"):
+    for model in KINDS:
         with single_process(folder):
             _train(folder, {}, model)
             losses[model], gradients[model] = _losses(folder, model), _gradients(folder, model)

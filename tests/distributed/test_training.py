@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import socket
@@ -179,6 +180,40 @@ def test_checkpoint_with_other_settings(folder: Path, mhc: dict[int, float]) -> 
 
 def test_use_checkpoint_args(folder: Path, mhc: dict[int, float]) -> None:
     close(train(folder, "--use-checkpoint-args", f"--load={folder / 'mhc'}", *RESHARDABLE), mhc, 1e-6)
+
+
+def test_multi_token_prediction(folder: Path) -> None:
+    """Starts at stock Megatron's losses, the MTP layers' too; goes on from a checkpoint under PP2 x VPP2; the monitor sees the
+    decoder's layers alone."""
+    mtp = ["--mtp-num-layers=2", "--mtp-loss-scaling-factor=0.5"]
+    own = folder / "mtp"
+    without = train_mtp(folder, *mtp, f"--save={folder / 'mtp-stock'}", "--save-interval=8")
+    ours = train_mtp(folder, "--enable-mhc", *mtp, *RESHARDABLE, f"--save={own}", "--save-interval=4")
+    assert ours[1] == pytest.approx(without[1], rel=1e-5)
+    assert ours[ITERATIONS] != pytest.approx(without[ITERATIONS], rel=2e-5)
+    for first, last in zip(ours[1], ours[ITERATIONS], strict=True):
+        assert last < first - 1
+    first_record = json.loads((own / "mhc-monitor.jsonl").read_text().splitlines()[1])
+    assert first_record["sublayers"] == [[layer, name] for layer in range(1, 5) for name in ("attention", "mlp")]
+    (own / "latest_checkpointed_iteration.txt").write_text("4")
+    again = train_mtp(folder, "--enable-mhc", *mtp, *PP2_VPP2, *RESHARDABLE, f"--load={own}", processes=2)
+    assert min(again) == 5
+    for iteration, losses in again.items():
+        if iteration != 6:  # the average of two
+            assert losses == pytest.approx(ours[iteration], rel=ACROSS_LAYOUTS)
+    start = [*mtp, "--finetune", f"--load={folder / 'mtp-stock'}", "--train-iters=1"]
+    plain, continued = train_mtp(folder, *start), train_mtp(folder, *start, "--enable-mhc")
+    assert continued[1] == pytest.approx(plain[1], rel=1e-5)
+    assert plain[1][2] < without[1][2] - 0.5, "the checkpoint was not loaded"
+
+
+def train_mtp(folder: Path, *further: str, **options: Any) -> dict[int, list[float]]:
+    """Run a job to its end: its loss and the losses of two MTP layers, by iteration."""
+    done = subprocess.run(command(folder, *further, **options), capture_output=True, text=True, timeout=300)
+    output = done.stdout + done.stderr
+    assert done.returncode == 0, output[-4000:]
+    line = re.compile(r"iteration\s+(\d+)/\s*\d+ \|.*\| lm loss: (\S+).*\| mtp_1 loss: (\S+).*\| mtp_2 loss: (\S+)")
+    return {int(found[0]): list(map(float, found[1:])) for found in line.findall(output)}
 
 
 def test_one_line_in_the_script(folder: Path, mhc: dict[int, float]) -> None:

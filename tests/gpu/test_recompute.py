@@ -37,6 +37,11 @@ SETTINGS: dict[str, dict] = {
     "FP8": FP8,
     "FP8 delayed": {**FP8, **RECIPES["delayed"]},
     "FP8 blockwise": {**FP8, **RECIPES["blockwise"]},
+    "FP8 with selective recompute": {**FP8, **SELECTIVE},
+    "FP8 between layers in bf16": {**FP8, "first_last_layers_bf16": True},
+    "MTP": {"mtp_num_layers": 2},
+    "MTP, FP8": {**FP8, "mtp_num_layers": 1},
+    "shared experts again": {"recompute_granularity": "selective", "recompute_modules": ["shared_experts"]},
     "FP8 with checkpoints": {**FP8, **CHECKPOINTS},
     "local": LOCAL,
 }

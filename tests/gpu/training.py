@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from megatron.core.distributed import DistributedDataParallel
 
-from mhc_megatron import MHCConfig, to_mhc_spec
+from mhc_megatron import MHCConfig
 from mhc_megatron.residual.hyper_connection import HyperConnection
 from tests import models
 
@@ -68,10 +68,8 @@ def build(
     model_parallel_cuda_manual_seed(seed)
     torch.manual_seed(seed)
     config = models.make_config(**{**COMMON, **settings})
-    spec = models.block_spec(config, te)
-    if mhc is not None:
-        spec = to_mhc_spec(spec, mhc)
-    model = GPTModel(config, spec, 256, sequence, position_embedding_type="rope")
+    specs = models.specs(config, mhc, te=te)
+    model = GPTModel(config, vocab_size=256, max_sequence_length=sequence, position_embedding_type="rope", **specs)
     if "gradient_accumulation_fusion" not in settings:
         for module in model.modules():
             if isinstance(module, HyperConnection):

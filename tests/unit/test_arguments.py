@@ -102,7 +102,6 @@ def test_help_has_one_heading(validate: Any, capsys: pytest.CaptureFixture) -> N
         ("--mhc-mode hc --mhc-profile deepseek-v4", r"--mhc-profile 'deepseek-v4' has no mode 'hc'"),
         ("--mhc-recompute-sublayers 3", r"--mhc-recompute-sublayers 3 has no effect without --mhc-recompute;"),
         ("--mhc-recompute --mhc-backend reference", r"--mhc-recompute has no effect with --mhc-backend 'reference'"),
-        ("--mtp-num-layers 1", r"--mtp-num-layers \(1\): multi-token prediction"),
         ("--cpu-offloading-num-layers 1", r"--cpu-offloading-num-layers \(1\): Transformer Engine's .*remove it"),
         ("--cuda-graph-impl local", r"--cuda-graph-impl .*use --cuda-graph-impl none"),
         ("--use-megatron-fsdp", r"--use-megatron-fsdp .*use --use-distributed-optimizer"),

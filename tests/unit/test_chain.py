@@ -51,6 +51,17 @@ def test_interpreted_kernels_train_a_megatron_model(kind: str, hyper_connection_
     assert_same(ours, gradients(reference))
 
 
+def test_layers_of_multi_token_prediction_are_chains_of_their_own(hyper_connection_calls: Counter) -> None:
+    """Interpreted kernels: gradients equal the reference's, and nothing is computed for a sublayer that does not come next."""
+    config = models.make_config(**models.DENSE, num_layers=2, hidden_size=64, mtp_num_layers=2)
+    model = models.build(config, MHCConfig(**MHC, backend="triton"))
+    ours = gradients(model)
+    assert hyper_connection_calls == {"connect": 3, "boundary": 3 + 1 + 1}
+    reference = models.build(config, MHCConfig(**MHC, backend="reference"))
+    reference.load_state_dict(model.state_dict())
+    assert_same(ours, gradients(reference))
+
+
 @pytest.mark.parametrize("backend", ["triton", "reference"])
 def test_module_hooks_run_before_parameters_are_read(backend: str) -> None:
     """Megatron waits for overlapped parameter gathers in forward pre-hooks: fused or not, every hyper-connection is called."""

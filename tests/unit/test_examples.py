@@ -84,6 +84,14 @@ def _expand(chunks: str) -> list[int]:
     return [layer for first, *last in ranges for layer in range(int(first), int((last or [first])[0]) + 1)]
 
 
+def test_dry_run_fails_on_what_mhc_refuses() -> None:
+    done = launch(
+        "3b", DRY_RUN=1, MOCK_DATA=1, PP=2, VPP=1, PIPELINE_LAYOUT="Et*12|mL", EXTRA_ARGS="--mtp-num-layers 1"
+    )
+    assert done.returncode == 1
+    assert "mtp_num_layers (1): the last pipeline chunk has no decoder layer" in done.stderr
+
+
 def test_dry_run_fails_on_what_megatron_refuses() -> None:
     done = launch("3b", DRY_RUN=1, MOCK_DATA=1, EXTRA_ARGS="--no-such-flag 3")
     assert done.returncode == 1
@@ -95,6 +103,7 @@ def test_dry_run_fails_on_what_megatron_refuses() -> None:
     [
         ({"EXTRA_ARGS": "--fp8-format hybrid"}, "--fp8-format hybrid is not covered"),
         ({"EXTRA_ARGS": "--optimizer muon"}, "--optimizer muon is not covered"),
+        ({"EXTRA_ARGS": "--mtp-num-layers 1"}, "--mtp-num-layers 1 is not covered"),
         ({"STREAMS": "9"}, "(the Triton kernels take 1 to 8 streams, not n = 9)"),
     ],
 )

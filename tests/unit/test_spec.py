@@ -7,8 +7,13 @@ from typing import Any
 import pytest
 import torch
 from megatron.core.models.gpt import GPTModel
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec, get_gpt_layer_local_spec
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_decoder_block_spec,
+    get_gpt_layer_local_spec,
+    get_gpt_mtp_block_spec,
+)
 from megatron.core.transformer.module import Float16Module
+from megatron.core.transformer.multi_token_prediction import MultiTokenPredictionBlock
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlock
 from megatron.core.transformer.transformer_layer import TransformerLayer
@@ -28,6 +33,11 @@ PRESERVING = {
     "one stream": MHCConfig(num_streams=1),
     "seven streams": MHCConfig(num_streams=7),
 }
+KINDS = {
+    **models.MODELS,
+    "mtp": {**models.MOE, "mtp_num_layers": 2},
+    "mtp, one layer for all depths": {**models.DENSE, "mtp_num_layers": 2, "mtp_use_repeated_layer": True},
+}
 
 
 def stock_and_mhc(mhc: MHCConfig, **settings: Any) -> tuple[GPTModel, GPTModel]:
@@ -45,11 +55,12 @@ def stock_name(name: str) -> str:
 
 
 @pytest.mark.parametrize("mhc", PRESERVING.values(), ids=PRESERVING)
-@pytest.mark.parametrize("kind", models.MODELS)
+@pytest.mark.parametrize("kind", KINDS)
 def test_preserving_init_equals_stock(kind: str, mhc: MHCConfig) -> None:
-    """Loss, and gradients of shared parameters, in float32 to 1e-5 (deepseek-v4: its eps of 1e-6 a sublayer, 5e-5)."""
+    """Loss, and gradients of shared parameters, in float32 to 1e-5 (deepseek-v4: its eps of 1e-6 a sublayer, 5e-5).
+    With MTP its losses are part of the gradients."""
     tolerance = 5e-5 if mhc.profile == "deepseek-v4" else 1e-5
-    stock, ours = stock_and_mhc(mhc, **models.MODELS[kind])
+    stock, ours = stock_and_mhc(mhc, **KINDS[kind])
     ids = models.tokens(0)
     expected, loss = models.forward(stock, ids), models.forward(ours, ids)
     torch.testing.assert_close(loss, expected, rtol=tolerance, atol=0)
@@ -97,6 +108,40 @@ def test_lone_layer_spec(kind: str) -> None:
     torch.testing.assert_close(models.forward(ours, ids), models.forward(stock, ids), rtol=1e-5, atol=0)
 
 
+def test_mtp_layers_of_a_converted_block() -> None:
+    """``get_gpt_mtp_block_spec`` of an mHC block spec, and of a stock one converted afterwards: the same model."""
+    settings = {**models.MOE, "mtp_num_layers": 2}
+    expected = models.build(models.make_config(**settings), MHCConfig(init="paper"))
+    config = models.make_config(**settings)
+    block = to_mhc_spec(models.block_spec(config, te=False), MHCConfig(init="paper"))
+    mtp = get_gpt_mtp_block_spec(config, block, use_transformer_engine=False)
+    model = GPTModel(
+        config,
+        block,
+        models.VOCABULARY,
+        models.SEQUENCE,
+        position_embedding_type="rope",
+        share_embeddings_and_output_weights=False,
+        mtp_block_spec=mtp,
+    )
+    model.load_state_dict(expected.state_dict())
+    for of in (model, expected):
+        models.forward(of, models.tokens(0)).mean().backward()
+    gradients = dict(expected.named_parameters())
+    assert any("mtp" in name and "hyper_connection" in name for name in gradients)
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter.grad, gradients[name].grad), name
+    with pytest.raises(ValueError, match="already"):
+        to_mhc_spec(mtp, MHCConfig())
+    again = to_mhc_spec(ModuleSpec(MultiTokenPredictionBlock, submodules=stock_mtp(config)), MHCConfig())
+    inner = again.submodules.layer_specs[0].submodules.mtp_model_layer
+    assert inner.module is block.layer_specs[-1].module
+
+
+def stock_mtp(config: Any) -> Any:
+    return get_gpt_mtp_block_spec(config, models.block_spec(config, te=False), use_transformer_engine=False)
+
+
 def test_block_module_spec_and_layer_class() -> None:
     config = models.make_config(**models.MOE)
     block = get_gpt_decoder_block_spec(config, use_transformer_engine=False)
@@ -134,6 +179,15 @@ def test_errors() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             models.build(models.make_config(**settings), MHCConfig())
+    apart = {
+        "pipeline_model_parallel_size": 2,
+        "pipeline_model_parallel_layout": "Ettt|tmL",
+        "pipeline_dtype": torch.float32,
+    }
+    models.build(models.make_config(**apart, mtp_num_layers=1), MHCConfig())
+    apart["pipeline_model_parallel_layout"] = "Etttt|mL"
+    with pytest.raises(ValueError, match=r"mtp_num_layers \(1\): the last pipeline chunk has no decoder layer"):
+        models.build(models.make_config(**apart, mtp_num_layers=1), MHCConfig())
     with pytest.raises(ValueError, match="one MHCConfig"):
         config = models.make_config()
         models.build(config, MHCConfig(num_streams=2))
