@@ -134,8 +134,10 @@ class _Experiment:
         return f"{summary.markdown(runs, validation_loss=validation)}\n{note}{failed}\n"
 
     def where(self) -> str:
+        today = time.strftime("%d %B %Y").lstrip("0")
         if not self.gpu:
-            return "CPU, float32"
+            return f"CPU, float32, {today}"
         import torch
 
-        return f"one {torch.cuda.get_device_name()}, bf16; {time.monotonic() - self.started:.0f} s for all runs"
+        took = time.monotonic() - self.started
+        return f"one {torch.cuda.get_device_name()}, bf16, {today}; {took:.0f} s for all runs"
