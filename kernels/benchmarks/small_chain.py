@@ -1,9 +1,9 @@
 """Every kernel on ragged shapes, for the sanitizer: a small one, and one with at least four turns of every pipelined loop (three
 stages), where a copy could overtake what still reads its place.
 
-compute-sanitizer --tool memcheck python kernels/benchmarks/small_chain.py [n ...]      (or racecheck)
+compute-sanitizer --tool memcheck python kernels/benchmarks/small_chain.py [n[:dtype] ...]      (or racecheck)
 
-Run it without the sanitizer first: compilation is slow inside. (Without a GPU, TRITON_INTERPRET=1 runs the small shape.)
+n streams, of dtype bfloat16 where it says no other. Racecheck takes minutes for each: a process for each is quickest. Run it without the sanitizer first: compilation is slow inside. (Without a GPU, TRITON_INTERPRET=1 runs the small shape.)
 """
 
 import sys
@@ -25,16 +25,16 @@ from mhc_kernels import (
 )
 
 SMALL, LOOPS = (70, 48), (2000, 1552)
-STREAMS = (4, 3, 5, 8, 2)
+CHAINS = ("4", "4:float32", "3", "5", "8", "2")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def main() -> None:
-    for n in [int(n) for n in sys.argv[1:]] or STREAMS:
+    for given in sys.argv[1:] or CHAINS:
+        n, _, dtype = given.partition(":")
         for shape in (SMALL, LOOPS) if DEVICE == "cuda" else (SMALL,):
-            for dtype in (torch.bfloat16, torch.float32) if n == 4 else (torch.bfloat16,):
-                chain(n, *shape, dtype)
-                print(f"{n} streams, {shape[0]} x {shape[1]}, {dtype}: ran", flush=True)
+            chain(int(n), *shape, getattr(torch, dtype or "bfloat16"))
+            print(f"{n} streams, {shape[0]} x {shape[1]}, {dtype or 'bfloat16'}: ran", flush=True)
 
 
 def chain(n: int, tokens: int, width: int, dtype: torch.dtype) -> None:

@@ -283,7 +283,11 @@ def _recompute_streams(run: Run, layers: list[list[Operation]], block_length: in
     number = 0
     for layer in layers:
         changed = []
+        first = number
         for operation in layer:
+            # Megatron's block holds a layer's input until the layer returns: in the forward of its second sublayer as well.
+            held = streams if number > first and first % block_length else 0
+            operation = replace(operation, forward=operation.forward + held)
             if operation.streams is not None:
                 place = number % block_length
                 marked = (streams, place, min(block_length, sublayers - number + place))

@@ -171,6 +171,19 @@ def test_measured_peaks(name: str, layers: str, kind: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("name", "layers"), [("h100_27b_planned", 4), ("h100_27b_depth", 8), ("h100_27b_padded_2", 5), ("h100_dense", 4)]
+)
+def test_measured_peaks_with_the_planners_blocks(name: str, layers: int) -> None:
+    """To 0.5 %. Of 4 and 8 layers the peak is in the last layer's second sublayer, whose streams alone are kept (a new block
+    begins there): those that came into the layer are there as well while it runs forward, as Megatron's block holds them."""
+    recorded = json.loads((BENCHMARKS / "results" / f"{name}.json").read_text())
+    result = recorded["results"][str(layers)]["recompute"]
+    run = _block(recorded["settings"]["shape"], "recompute", layers, recorded["settings"])
+    passes = chunk_pass(run, run.chunks()[0][0], result["block_length"])
+    assert max(passes.forward, passes.backward) / GIB == pytest.approx(result["peak_gib"], rel=5e-3)
+
+
+@pytest.mark.parametrize(
     ("name", "layers"),
     [
         ("h200_27b_memory", 4),
@@ -179,7 +192,7 @@ def test_measured_peaks(name: str, layers: str, kind: str) -> None:
         pytest.param(
             "h100_27b_planned",
             4,
-            marks=pytest.mark.xfail(strict=True, reason="with blocks of 7, 0.15 GiB too little; not known where"),
+            marks=pytest.mark.xfail(strict=True, reason="0.08 GiB too little: residual 0.04 too much"),
         ),
     ],
 )
