@@ -3,7 +3,8 @@ stages), where a copy could overtake what still reads its place.
 
 compute-sanitizer --tool memcheck python kernels/benchmarks/small_chain.py [n[:dtype] ...]      (or racecheck)
 
-n streams, of dtype bfloat16 where it says no other. Racecheck takes minutes for each: a process for each is quickest. Run it without the sanitizer first: compilation is slow inside. (Without a GPU, TRITON_INTERPRET=1 runs the small shape.)
+n streams, of dtype bfloat16 where it says no other. Racecheck takes minutes for each: a process for each is quickest. Run it
+without the sanitizer first: compilation is slow inside. (Without a GPU, TRITON_INTERPRET=1 runs the small shape.)
 """
 
 import sys
