@@ -5,7 +5,8 @@
 
 Kinds: residual; wide-stock (mHC, n*C values a token in Megatron's own transfers, its waits for sends included); wide (sends that
 nobody waits for); split (`mhc_megatron.pipeline.split`). wide and split with other settings of NCCL for their links
-(`nccl_settings`): ``split:high-priority``, ``wide:ctas=1-4``, ``split:high-priority:ctas=8-32:cga=1``.
+(`nccl_settings`): ``split:high-priority``, ``wide:ctas=1-4``, ``split:high-priority:ctas=8-32:cga=1``. Any kind with matrix products
+on fewer multiprocessors, which leave some to transfers: ``residual:margin=8`` (Transformer Engine's NVTE_EXT_MARGIN_SM).
 
 Layers of the paper's 27B shape, one dense and the others MoE with forced load balancing, Transformer Engine, bf16, forward and
 backward by Megatron's schedule, no optimizer. A rank has 9 of the 72 experts, as with the example's EP 8, and all six choices
@@ -44,6 +45,7 @@ import torch
 import torch.distributed as dist
 
 KINDS = ("residual", "wide-stock", "wide", "split")
+_MARGIN = "margin="
 _NOISE: dict[Any, torch.Tensor] = {}
 """What stands for received tensors, by size and dtype; made in the steps before those that are timed."""
 
@@ -55,7 +57,7 @@ class Run:
         from blocks import build_chunks
 
         self.name, self.options = kind, options
-        self.kind, *self.link_settings = kind.split(":")
+        self.kind, self.margin, self.link_settings = _parts(kind)
         self.links: Any = weakref.WeakKeyDictionary()
         self.chunks, self.config = build_chunks(
             self.kind, options.stages, vpp, options.layers, options.experts, options.sequence, options.tiny,
@@ -79,7 +81,7 @@ class Run:
 
         several = len(self.chunks) > 1
         copies = _local_copies() if local else contextlib.nullcontext()
-        with _communicator(self.kind), _links(self.links, self.link_settings), copies:
+        with _communicator(self.kind), _links(self.links, self.link_settings), _margin(self.margin), copies:
             _synchronize()
             dist.barrier()
             started = time.perf_counter()
@@ -145,6 +147,29 @@ def _communicator(kind: str) -> Iterator[None]:
         for rebinding in REBINDINGS:
             rebinding.revert()
         schedules.P2PCommunicator = P2PCommunicator
+
+
+def _parts(kind: str) -> tuple[str, str | None, list[str]]:
+    """Of a kind's name: what it is, its margin, and its links' settings."""
+    base, *settings = kind.split(":")
+    margins = [setting.removeprefix(_MARGIN) for setting in settings if setting.startswith(_MARGIN)]
+    return base, margins[-1] if margins else None, [s for s in settings if not s.startswith(_MARGIN)]
+
+
+@contextlib.contextmanager
+def _margin(multiprocessors: str | None) -> Iterator[None]:
+    """Transformer Engine asks the environment at every product."""
+    name = "NVTE_EXT_MARGIN_SM"
+    before = os.environ.get(name)
+    if multiprocessors is not None:
+        os.environ[name] = multiprocessors
+    try:
+        yield
+    finally:
+        if before is not None:
+            os.environ[name] = before
+        else:
+            os.environ.pop(name, None)
 
 
 @contextlib.contextmanager
@@ -217,13 +242,15 @@ def link_speed(elements: int) -> float:
 def _check_kinds(kinds: list[str]) -> str | None:
     """What is wrong with --kinds."""
     for kind in kinds:
-        base, *settings = kind.split(":")
+        base, margin, settings = _parts(kind)
         if base not in KINDS:
             return f"{kind}: choose from {', '.join(KINDS)}"
+        if margin is not None and not margin.isdigit():
+            return f"{kind}: {_MARGIN}{margin} is no number of multiprocessors"
         if settings and base not in ("wide", "split"):
             return f"{kind}: only wide and split have links of their own"
         if wrong := [setting for setting in settings if nccl_settings.wrong(setting)]:
-            return f"{kind}: {wrong[0]} is neither high-priority nor ctas=MIN-MAX nor cga=N"
+            return f"{kind}: {wrong[0]} is neither high-priority nor ctas=MIN-MAX nor cga=N nor margin=N"
     return None
 
 

@@ -93,6 +93,21 @@ def test_pipeline_is_timed_as_users_run_it(monkeypatch: pytest.MonkeyPatch) -> N
         assert not any(hasattr(getattr(schedules, name), "__wrapped__") for name in names)
 
 
+def test_margin_of_a_kind(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Is in Transformer Engine's environment variable while that kind runs, and is taken back."""
+    benchmark = _pipeline_benchmark(monkeypatch)
+    name = "NVTE_EXT_MARGIN_SM"
+    monkeypatch.setenv(name, "2")
+    for kind, expected in {"residual": "2", "wide:ctas=1-4:margin=8": "8", "residual:margin=12": "12"}.items():
+        _, margin, settings = benchmark._parts(kind)
+        assert settings == (["ctas=1-4"] if "ctas" in kind else [])
+        with benchmark._margin(margin):
+            assert os.environ[name] == expected
+        assert os.environ[name] == "2"
+    assert benchmark._check_kinds(["residual:margin=8", "wide:margin=8:cga=1"]) is None
+    assert "margin=some is no number" in benchmark._check_kinds(["wide:margin=some"])
+
+
 def test_transfers_are_matched(monkeypatch: pytest.MonkeyPatch) -> None:
     """Data moves from when the later end is there; what one rank computes beside counts once."""
     monkeypatch.syspath_prepend(str(BENCHMARKS))
