@@ -5,8 +5,8 @@
 
 Kinds: residual; wide-stock (mHC, n*C values a token in Megatron's own transfers, its waits for sends included); wide (sends that
 nobody waits for); split (`mhc_megatron.pipeline.split`). wide and split with other settings of NCCL for their links
-(`nccl_settings`): ``split:high-priority``, ``wide:ctas=1-4``, ``split:high-priority:ctas=8-32:cga=1``. Any kind with matrix products
-on fewer multiprocessors, which leave some to transfers: ``residual:margin=8`` (Transformer Engine's NVTE_EXT_MARGIN_SM).
+(`nccl_settings`): ``split:high-priority``, ``wide:ctas=1-4``, ``split:high-priority:ctas=8-32:cga=1``. Any kind with matrix
+products on fewer multiprocessors, which leave some to transfers: ``residual:margin=8`` (Transformer Engine's NVTE_EXT_MARGIN_SM).
 
 Layers of the paper's 27B shape, one dense and the others MoE with forced load balancing, Transformer Engine, bf16, forward and
 backward by Megatron's schedule, no optimizer. A rank has 9 of the 72 experts, as with the example's EP 8, and all six choices
