@@ -49,8 +49,9 @@ def to_mhc_spec[Spec: (ModuleSpec, TransformerBlockSubmodules, MultiTokenPredict
     Args:
         spec: a TransformerLayer ModuleSpec (local or Transformer Engine; dense or MoE; MLA or not), a
             TransformerBlockSubmodules, or a TransformerBlock ModuleSpec. A block spec keeps its ``moe_layer_freq``
-            pattern and may be a pipeline chunk's, without layers as well. Or what ``get_gpt_mtp_block_spec`` makes of a
-            stock spec (of a converted block spec it makes mHC layers by itself).
+            pattern and may be a pipeline chunk's, without layers as well. With multi-token prediction also what
+            ``get_gpt_mtp_block_spec`` makes of a stock spec (of a converted block spec it makes mHC layers by itself, and it
+            refuses a converted layer spec).
         mhc_config: settings.
 
     Returns:
@@ -81,7 +82,10 @@ def to_mhc_spec[Spec: (ModuleSpec, TransformerBlockSubmodules, MultiTokenPredict
                 "pass a block spec (get_gpt_decoder_block_spec)"
             )
         return _layer(spec, mhc_config, contract_after_last=True)
-    raise TypeError(f"to_mhc_spec takes a ModuleSpec or TransformerBlockSubmodules, got {type(spec).__name__}")
+    raise TypeError(
+        "to_mhc_spec takes a ModuleSpec, TransformerBlockSubmodules or MultiTokenPredictionBlockSubmodules, "
+        f"got {type(spec).__name__}"
+    )
 
 
 def _block(block: TransformerBlockSubmodules, mhc_config: MHCConfig) -> TransformerBlockSubmodules:

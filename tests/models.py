@@ -179,7 +179,7 @@ def save(models: list[torch.nn.Module], folder: Path) -> None:
 def load(models: list[torch.nn.Module], folder: Path) -> None:
     loaded = dist_checkpointing.load(sharded_state_dict(models), str(folder))
     for i, model in enumerate(models):
-        model.load_state_dict(loaded[f"model{i}"])
+        model.load_state_dict(loaded.get(f"model{i}", {}))  # a chunk may have no parameters
 
 
 def gradients_into_parameters(models: list[torch.nn.Module]) -> None:

@@ -1,4 +1,5 @@
-"""Every GPTModel of a run with ``--enable-mhc`` is built from an mHC spec; and every mHC model has its planned block length.
+"""Every GPTModel of a run with ``--enable-mhc`` is built from an mHC spec; every mHC model has its planned block length, and mHC
+in its MTP layers too.
 
 Rebinds: ``GPTModel.__init__``, which is where every way to a spec meets: training scripts, ``--spec``, model builders.
 Why a spec can't: the unmodified script chooses the spec. And a spec knows neither the batch nor the vocabulary, on which the
@@ -16,7 +17,7 @@ from typing import Any
 from mhc_megatron.arguments import flag
 from mhc_megatron.config import MHCConfig
 from mhc_megatron.conflicts import check_conflicts
-from mhc_megatron.megatron_hooks.active import get_config
+from mhc_megatron.megatron_hooks.active import get_config, print_rank_0
 from mhc_megatron.megatron_hooks.planned import plan_block_length
 from mhc_megatron.megatron_hooks.rebind import Rebinding
 from mhc_megatron.residual.layer import HyperConnectionLayer
@@ -38,11 +39,10 @@ def _init(original: Callable[..., Any]) -> Callable[..., Any]:
                     "--enable-mhc: this script's spec is an mHC spec already; remove the flag or its to_mhc_spec"
                 )
             arguments["transformer_layer_spec"] = to_mhc_spec(block, mhc_config)
-            if arguments.get("mtp_block_spec") is not None:
-                arguments["mtp_block_spec"] = to_mhc_spec(arguments["mtp_block_spec"], mhc_config)
         else:
             mhc_config = _settings(arguments["transformer_layer_spec"])
         if mhc_config is not None:
+            _convert_mtp(arguments, mhc_config)
             plan_block_length(mhc_config, config, arguments["vocab_size"], _stage(arguments))
         return original(*bound.args, **bound.kwargs)
 
@@ -70,6 +70,16 @@ def _settings(spec: Any) -> MHCConfig | None:
     layers = getattr(block, "layer_specs", None) or [spec]
     found: MHCConfig | None = (getattr(layers[0], "params", None) or {}).get("mhc_config")
     return found
+
+
+def _convert_mtp(arguments: dict[str, Any], mhc_config: MHCConfig) -> None:
+    """MTP layers as the decoder's. A script's own ``--spec`` has no part in them: Megatron makes their spec of stock layers."""
+    spec: Any = arguments.get("mtp_block_spec")
+    block = spec if hasattr(spec, "layer_specs") else getattr(spec, "submodules", None)
+    layers = getattr(block, "layer_specs", None) or []
+    if layers and not all(_is_converted(layer.submodules.mtp_model_layer) for layer in layers):
+        arguments["mtp_block_spec"] = to_mhc_spec(spec, mhc_config)
+        print_rank_0("multi-token prediction: its layers get mHC like the decoder's, with streams of their own")
 
 
 def _is_converted(layer_spec: Any) -> bool:

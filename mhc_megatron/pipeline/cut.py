@@ -31,7 +31,8 @@ def check_mtp(config: Any) -> None:
         ValueError: naming the settings and the remedy, on every rank.
     """
     last = (config.virtual_pipeline_model_parallel_size or 1) - 1
-    if config.mtp_num_layers and not layers_of_chunk(config, config.pipeline_model_parallel_size - 1, last):
+    # 0 is not None to Megatron: it moves the norm as well.
+    if config.mtp_num_layers is not None and not layers_of_chunk(config, config.pipeline_model_parallel_size - 1, last):
         raise ValueError(
             f"mHC with mtp_num_layers ({config.mtp_num_layers}): the last pipeline chunk has no decoder layer, and MTP layers "
             "must share theirs with the last one; change pipeline_model_parallel_layout (or "

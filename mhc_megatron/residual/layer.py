@@ -80,6 +80,8 @@ class StreamEntryLayer(TransformerLayer):
     def __init__(self, config: Any, *args: Any, **kwargs: Any):
         check_mtp(config)
         super().__init__(config, *args, **kwargs)
+        # Not a number of the model's: with MTP, Megatron looks for the last one to find the final norm's chunk.
+        self.layer_number = 0
         entry: Any = self.input_layernorm
         assert isinstance(entry, StreamEntry)
         entry.departs = entry.splits and sends_on(self, kwargs.get("vp_stage"))

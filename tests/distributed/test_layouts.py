@@ -82,6 +82,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
     "mtp-ep2": (2, EP2, {}),
     "mtp-pp2-vpp2-split": (2, VPP2, {**INTERLEAVED, **SPLIT, "deallocate_pipeline_outputs": True}),
     "mtp-pp2-vpp2-uneven": (2, VPP2, {**INTERLEAVED, "pipeline_model_parallel_layout": "E|tt|t|tmmL"}),
+    "mtp-pp2-vpp2-empty-chunk": (2, VPP2, {**INTERLEAVED, "pipeline_model_parallel_layout": "Ett|t||tmmL"}),
     "mtp_dense-pp2-mhc-recompute": (2, PP2, MHC_RECOMPUTE),
     "pp4-ends-apart": (4, {"pipeline_model_parallel_size": 4}, ENDS_APART),
 }

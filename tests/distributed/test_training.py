@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from torch.distributed.checkpoint import FileSystemReader
 
 from mhc_megatron.cpu import MEGATRON_ARGUMENTS
 from mhc_megatron.dry_run import parse
@@ -193,6 +194,9 @@ def test_multi_token_prediction(folder: Path) -> None:
     assert ours[ITERATIONS] != pytest.approx(without[ITERATIONS], rel=2e-5)
     for first, last in zip(ours[1], ours[ITERATIONS], strict=True):
         assert last < first - 1
+    saved = FileSystemReader(own / f"iter_{ITERATIONS:07}").read_metadata().state_dict_metadata
+    mappings = {key for key in saved if "hyper_connection" in key and "optimizer" not in key}
+    assert sum("mtp.layers.1." in key for key in mappings) == 6, "two mHC inputs with three parameters each"
     first_record = json.loads((own / "mhc-monitor.jsonl").read_text().splitlines()[1])
     assert first_record["sublayers"] == [[layer, name] for layer in range(1, 5) for name in ("attention", "mlp")]
     (own / "latest_checkpointed_iteration.txt").write_text("4")

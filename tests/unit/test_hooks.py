@@ -20,7 +20,7 @@ from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from megatron.training import training
 
 import mhc_megatron
-from mhc_megatron import MHCConfig, megatron_hooks
+from mhc_megatron import MHCConfig, megatron_hooks, to_mhc_spec
 from mhc_megatron.megatron_hooks import patched
 from mhc_megatron.megatron_hooks.active import set_config
 from mhc_megatron.megatron_hooks.rebind import Rebinding
@@ -67,6 +67,22 @@ def test_a_script_that_builds_another_model(hooks: None, one_process: None) -> N
     set_config(MHCConfig())
     with pytest.raises(ValueError, match="--enable-mhc: this script's model, a BertModel, has no mHC"):
         training.train_step(None, None, [bert], None, None, config, None, iteration=0)
+
+
+@pytest.mark.parametrize("by", ["flag", "the script's spec"])
+def test_layers_of_multi_token_prediction_get_mhc(
+    by: str, hooks: None, one_process: None, capsys: pytest.CaptureFixture
+) -> None:
+    """Megatron builds their spec from stock layers, whatever the decoder's spec is."""
+    config = models.make_config(mtp_num_layers=2)
+    specs = models.specs(config, None)
+    if by == "flag":
+        set_config(MHCConfig())
+    else:
+        specs["transformer_layer_spec"] = to_mhc_spec(specs["transformer_layer_spec"], MHCConfig())
+    model = GPTModel(config, vocab_size=models.VOCABULARY, max_sequence_length=models.SEQUENCE, **specs)
+    assert all(isinstance(layer.mtp_model_layer, HyperConnectionLayer) for layer in model.mtp.layers)
+    assert "multi-token prediction: its layers get mHC" in capsys.readouterr().out
 
 
 def test_communicator_is_megatrons_for_other_models(hooks: None) -> None:

@@ -138,6 +138,26 @@ def test_mtp_layers_of_a_converted_block() -> None:
     assert inner.module is block.layer_specs[-1].module
 
 
+def test_learned_exit_of_mtp_layers() -> None:
+    """Each has its own, in float32, in the checkpoint; it learns."""
+    config = models.make_config(**models.DENSE, mtp_num_layers=2, bf16=True, params_dtype=torch.bfloat16)
+    model = models.build(config, MHCConfig(profile="deepseek-v4", init="paper"))
+    keys = models.sharded_state_dict([model])["model0"]
+    model = Float16Module(config, model)
+    models.forward(model, models.tokens(0)).mean().backward()
+    for number in range(2):
+        found = {
+            name.rpartition(".")[2]: p
+            for name, p in model.named_parameters()
+            if f"mtp.layers.{number}.mtp_model_layer.exit_hyper_connection." in name
+        }
+        assert found.keys() == {"phi", "alpha", "bias"}
+        for name, parameter in found.items():
+            assert parameter.dtype == torch.float32
+            assert parameter.grad.norm() > 0
+            assert any(f"mtp.layers.{number}." in key and f"exit_hyper_connection.{name}" in key for key in keys)
+
+
 def stock_mtp(config: Any) -> Any:
     return get_gpt_mtp_block_spec(config, models.block_spec(config, te=False), use_transformer_engine=False)
 
@@ -185,9 +205,12 @@ def test_errors() -> None:
         "pipeline_dtype": torch.float32,
     }
     models.build(models.make_config(**apart, mtp_num_layers=1), MHCConfig())
-    apart["pipeline_model_parallel_layout"] = "Etttt|mL"
-    with pytest.raises(ValueError, match=r"mtp_num_layers \(1\): the last pipeline chunk has no decoder layer"):
-        models.build(models.make_config(**apart, mtp_num_layers=1), MHCConfig())
+    for number, layout in ((1, "Etttt|mL"), (0, "Etttt|L")):
+        apart["pipeline_model_parallel_layout"] = layout
+        with pytest.raises(
+            ValueError, match=rf"mtp_num_layers \({number}\): the last pipeline chunk has no decoder layer"
+        ):
+            models.build(models.make_config(**apart, mtp_num_layers=number), MHCConfig())
     with pytest.raises(ValueError, match="one MHCConfig"):
         config = models.make_config()
         models.build(config, MHCConfig(num_streams=2))
