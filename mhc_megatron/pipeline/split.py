@@ -132,8 +132,17 @@ def depart(
 
 
 def depart_with(state: PipelineState, streams: Tensor, post: Tensor) -> tuple[Tensor, Departure]:
-    """As `depart`, with ``H_res @ x`` given."""
+    """As `depart`, with ``H_res @ x`` given.
+
+    Raises:
+        RuntimeError: in training, where the streams have no gradient: the one that the next stage sends would find nobody.
+    """
     assert state.channel is not None, "departs() comes first"
+    trains = state.running is not None and not state.running.forward_only
+    if trains and torch.is_grad_enabled() and not streams.requires_grad:
+        raise RuntimeError(
+            "mHC: --mhc-pipeline-comm split: nothing before this pipeline stage's last sublayer is trained; use wide"
+        )
     departure = Departure(state.channel, streams.dtype)
     return _Depart.apply(streams, post, departure), departure
 

@@ -203,6 +203,37 @@ def test_a_lost_peer_ends_the_run(how: str, tmp_path: Path, hooks: None) -> None
     assert "gloo" in message.lower() or "timed out" in message.lower(), message
 
 
+def nothing_to_train(settings: dict[str, Any], folder: Path) -> None:
+    chunks, config = chunks_of(settings, "split")
+    models.step(chunks, config, range(2), forward_only=True)
+    if dist.get_rank() == 0:
+        for parameter in chunks[0].parameters():
+            parameter.requires_grad_(False)
+    models.step(chunks, config, range(2), forward_only=True)
+    try:
+        models.step(chunks, config, range(2))
+    except RuntimeError as error:
+        (folder / f"error-{dist.get_rank()}").write_text(str(error))
+    os._exit(1)
+
+
+def test_a_stage_with_nothing_to_train_is_refused(tmp_path: Path, hooks: None) -> None:
+    """By split alone: the streams' gradient that comes for it would find nobody, and the next step would wait for ever."""
+    sizes = {"pipeline_model_parallel_size": 2}
+    with pytest.raises(Exception, match="terminated"):
+        run_ranks(
+            nothing_to_train,
+            2,
+            tmp_path,
+            {**sizes, "distributed_timeout_minutes": 0.1},
+            settings={**sizes, "batch_p2p_comm": False},
+            folder=tmp_path,
+        )
+    assert (
+        "nothing before this pipeline stage's last sublayer is trained; use wide" in (tmp_path / "error-0").read_text()
+    )
+
+
 def sends_without_waiting(
     settings: dict[str, Any], comm: str, steps: int, folder: Path, sequence: int = models.SEQUENCE
 ) -> None:
