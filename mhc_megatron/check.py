@@ -48,6 +48,8 @@ def add_parser(commands: Any) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Run it; returns the exit status."""
+    from mhc_megatron.pipeline.cut import check_mtp
+
     warnings.simplefilter("ignore")  # of every optional package that Megatron does without
     for chatty in ("torch.utils.cpp_extension", "megatron.core.datasets"):
         logging.getLogger(chatty).setLevel(logging.ERROR)
@@ -58,6 +60,8 @@ def run(options: argparse.Namespace) -> int:
         planned = _run(args, config, _microbatches(args, config))
         with _refusals("the layers can't be split over the pipeline"):
             stages = planned.chunks()
+            if planned.mhc is not None:
+                check_mtp(planned.config)
         slow = _slow(planned)
         _process_groups(args)
         _data(args)
@@ -197,14 +201,10 @@ def _run(args: Any, config: Any, microbatches: int) -> Run:
 
 def _slow(run: Run) -> str | None:
     """Why mHC would run without its kernels."""
-    from mhc_megatron.pipeline.cut import check_mtp
     from mhc_megatron.residual.backend import why_reference
 
     with _refusals("mHC"):
-        if run.mhc is None:
-            return None
-        check_mtp(run.config)
-        return why_reference(run.mhc, run.config)
+        return None if run.mhc is None else why_reference(run.mhc, run.config)
 
 
 def _model(run: Run) -> str:

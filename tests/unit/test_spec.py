@@ -199,11 +199,8 @@ def test_errors() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             models.build(models.make_config(**settings), MHCConfig())
-    apart = {
-        "pipeline_model_parallel_size": 2,
-        "pipeline_model_parallel_layout": "Ettt|tmL",
-        "pipeline_dtype": torch.float32,
-    }
+    apart: dict[str, Any] = {"pipeline_model_parallel_size": 2, "pipeline_dtype": torch.float32}
+    apart["pipeline_model_parallel_layout"] = "Ettt|tmL"
     models.build(models.make_config(**apart, mtp_num_layers=1), MHCConfig())
     for number, layout in ((1, "Etttt|mL"), (0, "Etttt|L")):
         apart["pipeline_model_parallel_layout"] = layout
