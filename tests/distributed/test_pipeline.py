@@ -8,6 +8,7 @@ import os
 import random
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -184,20 +185,18 @@ def lose_a_peer(settings: dict[str, Any], how: str, folder: Path) -> None:
     os._exit(1)
 
 
+def ends_badly(function: Callable[..., None], folder: Path, **further: Any) -> None:
+    """Two ranks of a pipeline that must fail; its transfers wait for six seconds at most."""
+    sizes = {"pipeline_model_parallel_size": 2}
+    groups, settings = {**sizes, "distributed_timeout_minutes": 0.1}, {**sizes, "batch_p2p_comm": False}
+    with pytest.raises(Exception, match="terminated"):
+        run_ranks(function, 2, folder, groups, settings=settings, folder=folder, **further)
+
+
 @pytest.mark.parametrize("how", ["killed", "stuck"])
 def test_a_lost_peer_ends_the_run(how: str, tmp_path: Path, hooks: None) -> None:
     """With the pipeline group's own timeout, on our links as well."""
-    sizes = {"pipeline_model_parallel_size": 2}
-    with pytest.raises(Exception, match="terminated"):
-        run_ranks(
-            lose_a_peer,
-            2,
-            tmp_path,
-            {**sizes, "distributed_timeout_minutes": 0.1},
-            settings={**sizes, "batch_p2p_comm": False},
-            how=how,
-            folder=tmp_path,
-        )
+    ends_badly(lose_a_peer, tmp_path, how=how)
     seconds, message = (tmp_path / "error").read_text().split(" ", 1)
     assert float(seconds) < 30
     assert "gloo" in message.lower() or "timed out" in message.lower(), message
@@ -219,16 +218,7 @@ def nothing_to_train(settings: dict[str, Any], folder: Path) -> None:
 
 def test_a_stage_with_nothing_to_train_is_refused(tmp_path: Path, hooks: None) -> None:
     """By split alone: the streams' gradient that comes for it would find nobody, and the next step would wait for ever."""
-    sizes = {"pipeline_model_parallel_size": 2}
-    with pytest.raises(Exception, match="terminated"):
-        run_ranks(
-            nothing_to_train,
-            2,
-            tmp_path,
-            {**sizes, "distributed_timeout_minutes": 0.1},
-            settings={**sizes, "batch_p2p_comm": False},
-            folder=tmp_path,
-        )
+    ends_badly(nothing_to_train, tmp_path)
     assert (
         "nothing before this pipeline stage's last sublayer is trained; use wide" in (tmp_path / "error-0").read_text()
     )
