@@ -48,8 +48,6 @@ def add_parser(commands: Any) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Run it; returns the exit status."""
-    from mhc_megatron.pipeline.cut import check_mtp
-
     warnings.simplefilter("ignore")  # of every optional package that Megatron does without
     for chatty in ("torch.utils.cpp_extension", "megatron.core.datasets"):
         logging.getLogger(chatty).setLevel(logging.ERROR)
@@ -60,8 +58,7 @@ def run(options: argparse.Namespace) -> int:
         planned = _run(args, config, _microbatches(args, config))
         with _refusals("the layers can't be split over the pipeline"):
             stages = planned.chunks()
-            if planned.mhc is not None:
-                check_mtp(planned.config)
+            _check_mtp(planned)
         slow = _slow(planned)
         _process_groups(args)
         _data(args)
@@ -197,6 +194,13 @@ def _run(args: Any, config: Any, microbatches: int) -> Run:
         tied=not args.untie_embeddings_and_output_weights,
         learned_positions=args.max_position_embeddings if args.position_embedding_type == "learned_absolute" else 0,
     )
+
+
+def _check_mtp(run: Run) -> None:
+    from mhc_megatron.pipeline.cut import check_mtp  # with Megatron, whose warnings are silent by now
+
+    if run.mhc is not None:
+        check_mtp(run.config)
 
 
 def _slow(run: Run) -> str | None:
