@@ -261,7 +261,7 @@ dry_run() {
     echo
     # It covers what runs on GPUs: Transformer Engine's modules.
     local status=0
-    ((CPU)) || "$PYTHON" -m mhc_megatron plan --world-size "$WORLD_SIZE" "${ARGUMENTS[@]}" || status=$?
+    ((CPU)) || "$PYTHON" -m mhc_megatron plan --world-size "$WORLD_SIZE" --gpus-per-node "$GPUS_PER_NODE" "${ARGUMENTS[@]}" || status=$?
     ((status == 3)) || return "$status"
     echo "The arguments are accepted, but not covered by the planner (above): whether they fit into memory is not known."
 }

@@ -71,7 +71,7 @@ class MHCConfig:
         "pipeline transfers: wide: all streams in the schedule's, over links of their own, no send stops the compute stream; "
         "split: H_res x while a chunk's last sublayer runs, its output after it (interleaved with overlapped transfers: a group "
         "of microbatches at a step's beginning and end, the others wide); wide-stock: all streams in Megatron's own transfers; "
-        "auto: wide",
+        "auto: split in 1F1B where neighbouring stages are on different nodes, else wide",
         PIPELINE_COMMS,
     )
 

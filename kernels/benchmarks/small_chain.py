@@ -1,10 +1,11 @@
 """Every kernel on ragged shapes, for the sanitizer: a small one, and one with at least four turns of every pipelined loop (three
 stages), where a copy could overtake what still reads its place.
 
-compute-sanitizer --tool memcheck python kernels/benchmarks/small_chain.py [n[:dtype] ...]      (or racecheck)
+compute-sanitizer --tool memcheck python kernels/benchmarks/small_chain.py [n[:dtype[:tokens]] ...]      (or racecheck)
 
-n streams, of dtype bfloat16 where it says no other. Racecheck takes minutes for each: a process for each is quickest. Run it
-without the sanitizer first: compilation is slow inside. (Without a GPU, TRITON_INTERPRET=1 runs the small shape.)
+n streams, of dtype bfloat16 where it says no other; tokens of the second shape, fewer for a quicker racecheck. That takes minutes
+for each: a process for each is quickest. Run it without the sanitizer first: compilation is slow inside. (Without a GPU,
+TRITON_INTERPRET=1 runs the small shape.)
 """
 
 import sys
@@ -32,8 +33,9 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 def main() -> None:
     for given in sys.argv[1:] or CHAINS:
-        n, _, dtype = given.partition(":")
-        for shape in (SMALL, LOOPS) if DEVICE == "cuda" else (SMALL,):
+        n, dtype, tokens = (*given.split(":"), "", "")[:3]
+        loops = (int(tokens or LOOPS[0]), LOOPS[1])
+        for shape in (SMALL, loops) if DEVICE == "cuda" else (SMALL,):
             chain(int(n), *shape, getattr(torch, dtype or "bfloat16"))
             print(f"{n} streams, {shape[0]} x {shape[1]}, {dtype or 'bfloat16'}: ran", flush=True)
 

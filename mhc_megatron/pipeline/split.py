@@ -132,17 +132,12 @@ def depart(
 
 
 def depart_with(state: PipelineState, streams: Tensor, post: Tensor) -> tuple[Tensor, Departure]:
-    """As `depart`, with ``H_res @ x`` given.
-
-    Raises:
-        RuntimeError: in training, where the streams have no gradient: the one that the next stage sends would find nobody.
-    """
+    """As `depart`, with ``H_res @ x`` given."""
     assert state.channel is not None, "departs() comes first"
-    trains = state.running is not None and not state.running.forward_only
-    if trains and torch.is_grad_enabled() and not streams.requires_grad:
-        raise RuntimeError(
-            "mHC: --mhc-pipeline-comm split: nothing before this pipeline stage's last sublayer is trained; use wide"
-        )
+    if torch.is_grad_enabled() and not streams.requires_grad:
+        # Nothing before the last sublayer is trained. The next stage sends a gradient of the streams all the same, and somebody
+        # must receive it.
+        streams = streams.detach().requires_grad_()
     departure = Departure(state.channel, streams.dtype)
     return _Depart.apply(streams, post, departure), departure
 

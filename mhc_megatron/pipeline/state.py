@@ -11,6 +11,7 @@ from megatron.core.pipeline_parallel.utils import is_pp_last_stage, is_vp_last_s
 from megatron.core.utils import log_single_rank
 
 from mhc_megatron.config import MHCConfig
+from mhc_megatron.pipeline.nodes import VARIABLES, leaves_node
 
 if TYPE_CHECKING:
     from mhc_megatron.pipeline.side_channel import SideChannel
@@ -71,33 +72,59 @@ def pipeline_state(config: Any) -> PipelineState | None:
     return state
 
 
-def communication(mhc_config: MHCConfig, config: Any) -> str:
-    """How streams travel between pipeline stages: ``split``, ``wide`` or ``wide-stock`` (Megatron's own transfers)."""
+def communication(mhc_config: MHCConfig, config: Any, leaves: bool | None = None) -> str:
+    """How streams travel between pipeline stages: ``split``, ``wide`` or ``wide-stock`` (Megatron's own transfers).
+
+    leaves: whether transfers leave a node, for a pipeline that is not there yet (`leaves_node`).
+    """
     asked = mhc_config.pipeline_comm
     if mhc_config.num_streams == 1 or asked == "wide-stock" or why_not_own_links(config) is not None:
         return "wide-stock"
+    if asked == "auto":
+        asked, _ = choose(config, leaves)
     return "split" if asked == "split" and why_not_split(config) is None else "wide"
 
 
+def choose(config: Any, leaves: bool | None = None) -> tuple[str, str]:
+    """What ``auto`` is for a pipeline, and why.
+
+    As measured (benchmarks/README.md): in 1F1B, where a stage waits for what it receives, split makes a step shorter over a link
+    with the speed of a network card; over NVLink, and in an interleaved schedule, wide does, or is as good with less in memory.
+    """
+    if config.virtual_pipeline_model_parallel_size is not None:
+        return "wide", "an interleaved schedule has time for its transfers"
+    leaves = leaves_node() if leaves is None else leaves
+    if leaves is None:
+        return "wide", f"whether stages are on different nodes is not known: none of {', '.join(VARIABLES)} is set"
+    if not leaves:
+        return "wide", "neighbouring stages are on one node"
+    if (reason := why_not_split(config)) is not None:
+        return "wide", reason
+    return "split", "1F1B across nodes"
+
+
 def splits(mhc_config: MHCConfig, config: Any) -> bool:
-    """Whether pipeline transfers are split. The same on all ranks: it depends on settings alone, and on CUDA_LAUNCH_BLOCKING."""
-    stages = config.pipeline_model_parallel_size
-    if stages == 1 or mhc_config.num_streams == 1:
+    """Whether pipeline transfers are split. The same on all ranks of a pipeline: it depends on settings, and on the environment
+    alone."""
+    if config.pipeline_model_parallel_size == 1 or mhc_config.num_streams == 1:
         return False
-    if mhc_config.pipeline_comm == "wide-stock":
+    asked, chosen = mhc_config.pipeline_comm, ""
+    if asked == "wide-stock":
         _report(f"wide, {mhc_config.num_streams} streams in Megatron's own transfers, as asked for")
         return False
-    if mhc_config.pipeline_comm != "split":
+    if asked == "auto":
+        asked, why = choose(config)
+        chosen = f" (auto: {why})"
+    if asked == "wide":
         reason = why_not_own_links(config)
         links = "links of their own" if reason is None else f"Megatron's own transfers: {reason}"
-        wide = "wide" if mhc_config.pipeline_comm == "wide" else "wide (auto)"
-        _report(f"{wide}, {mhc_config.num_streams} streams in the schedule's transfers, over {links}")
+        _report(f"wide{chosen}, {mhc_config.num_streams} streams in the schedule's transfers, over {links}")
         return False
     reason = why_not_split(config)
     if reason is not None:
         _report(f"wide instead of split: {reason}")
         return False
-    which = "split"
+    which = f"split{chosen}"
     if config.virtual_pipeline_model_parallel_size is not None and config.overlap_p2p_comm:
         which = "split for a step's first and last microbatches (a group of each) and in evaluation, else wide"
     _report(f"{which}: the streams while the last sublayer of a chunk runs, its output after it")

@@ -30,6 +30,10 @@ def add_parser(commands: Any) -> None:
         allow_abbrev=False,
     )
     parser.add_argument("--world-size", type=int, default=1, metavar="GPUS", help="GPUs of the run (default: 1)")
+    parser.add_argument(
+        "--gpus-per-node", type=int, default=8, metavar="GPUS",
+        help="of a node: --mhc-pipeline-comm auto looks whether transfers leave it (default: 8)",
+    )  # fmt: skip
     parser.add_argument("--gpu", choices=sorted(GPUS), default="h100", help="the kind of GPU (default: h100)")
     parser.add_argument("--gpu-memory", type=float, metavar="GIB", help="its memory (default: that kind's)")
     parser.add_argument(
@@ -76,7 +80,7 @@ def run(options: argparse.Namespace) -> int:
     try:
         _check(options, memory)
         args, config = parse(options.arguments, options.world_size)
-        planned = Run.from_arguments(args, config)
+        planned = Run.from_arguments(args, config, options.gpus_per_node)
         links = [speed * 1e9 for speed in options.link_speeds]
         result = plan(planned, gpu, memory * GIB, options.reserve * GIB, options.utilization, links)
     except ValueError as error:
@@ -92,6 +96,8 @@ def run(options: argparse.Namespace) -> int:
 def _check(options: argparse.Namespace, memory: float) -> None:
     if options.world_size < 1:
         raise ValueError(f"--world-size must be at least 1, got {options.world_size}")
+    if options.gpus_per_node < 1:
+        raise ValueError(f"--gpus-per-node must be at least 1, got {options.gpus_per_node}")
     if not 0 <= options.reserve < memory:
         raise ValueError(f"--reserve must be less than the GPU's memory, {memory} GiB, got {options.reserve}")
     if not 0 < options.utilization <= 1:

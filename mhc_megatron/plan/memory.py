@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from mhc_megatron.config import MHCConfig
-from mhc_megatron.pipeline.state import communication
 from mhc_megatron.plan.activations import chunk_pass
 from mhc_megatron.plan.block_length import choose_block_length
 from mhc_megatron.plan.operations import stream_bytes
@@ -53,8 +52,7 @@ def stage_memory(run: Run, stage: int) -> StageMemory:
     # (With it as well, but in the warm-up alone: the last one has been used when the first backward pass comes.) With groups
     # larger than the pipeline is long, the last stage's results wait on the first one until the group has passed there;
     # gradients likewise.
-    split = run.mhc is not None and communication(run.mhc, run.config) == "split"
-    tensors = 3 if split and run.chunks_per_stage == 1 else 2
+    tensors = 3 if run.communication == "split" and run.chunks_per_stage == 1 else 2
     if run.chunks_per_stage > 1 and stage in (0, run.stages - 1):
         tensors += max(0, run.group - run.stages)
     buffers = tensors * stream_bytes(run) if run.stages > 1 else 0

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from mhc_megatron.pipeline.state import communication
 from mhc_megatron.plan.advice import changes, fitting, highest_peak
 from mhc_megatron.plan.block_length import choose_block_length, least_peak
 from mhc_megatron.plan.gpus import Gpu
@@ -64,17 +63,12 @@ def plan(
     if run.stages > 1:
         result["boundary"] = boundary_bytes(run if run.mhc is not None else variant(run, "mhc"))
         result["pipeline"] = simulated(run, gpu, utilization, links)
-        result["expected_step"] = [_expected(result["pipeline"], link, _kind(run)) for link in links]
+        result["expected_step"] = [_expected(result["pipeline"], link, run.communication) for link in links]
         result["larger_groups"] = _larger_groups(run, gpu, utilization, links, room)
     else:
         rows = simulated(run, gpu, utilization, [min(links)])  # nothing crosses a link
         result["expected_step"] = [{**_expected(rows, min(links), "wide"), "link": None}]
     return result
-
-
-def _kind(run: Run) -> str:
-    """The communication that an mHC run of these arguments has."""
-    return "wide" if run.mhc is None else communication(run.mhc, run.config)
 
 
 def _expected(rows: Sequence[dict[str, Any]], link: float, kind: str) -> dict[str, Any]:
@@ -97,7 +91,7 @@ def _larger_groups(
     candidates = [(*larger, highest_peak(larger[1])) for larger in larger_groups(run)]
     if not candidates:
         return None
-    kind = "residual" if run.mhc is None else _kind(run)
+    kind = "residual" if run.mhc is None else run.communication
 
     def exposed(candidate: tuple[str, Run, float]) -> float:
         (row,) = simulated(candidate[1], gpu, utilization, [min(links)], [kind])

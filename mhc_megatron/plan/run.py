@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from mhc_megatron.arguments import check_args
 from mhc_megatron.config import MHCConfig
 from mhc_megatron.pipeline.cut import layers_of_chunk
+from mhc_megatron.pipeline.state import communication
 from mhc_megatron.residual.backend import why_reference
 
 
@@ -41,6 +42,7 @@ class Run:
     distributed_optimizer: optimizer states are sharded over data parallelism. gradients: ``main`` (Megatron's buffers;
     weight gradients pass through memory of their own first, unless fused) or ``plain`` (PyTorch's, no optimizer: a bare
     forward and backward). gradient_bytes: of a main gradient. state_bytes: of a parameter's master copy and of its two moments.
+    leaves_node: whether pipeline transfers do; None: as the process groups have it (`leaves_node`).
     """
 
     config: Any
@@ -56,9 +58,10 @@ class Run:
     gradients: str = "main"
     gradient_bytes: int = 4
     state_bytes: tuple[int, int] = (4, 8)
+    leaves_node: bool | None = None
 
     @classmethod
-    def from_arguments(cls, args: argparse.Namespace, config: Any) -> Run:
+    def from_arguments(cls, args: argparse.Namespace, config: Any, gpus_per_node: int = 8) -> Run:
         """The run of parsed arguments (`mhc_megatron.dry_run.parse`).
 
         Raises:
@@ -70,7 +73,10 @@ class Run:
                 f"{flag} is not covered: the planner counts what Transformer Engine modules in bf16, fp16 or fp32 "
                 "and Adam keep; leave it out to plan without it"
             )
-        run = cls.from_covered(args, config)
+        # One pipeline's ranks are apart as far as all others' are many, or side by side.
+        width = config.tensor_model_parallel_size * config.context_parallel_size
+        span = width * config.pipeline_model_parallel_size if args.use_tp_pp_dp_mapping else args.world_size
+        run = replace(cls.from_covered(args, config), leaves_node=span > gpus_per_node)
         reason = None if run.mhc is None else why_reference(run.mhc, config)
         if reason is not None:
             raise NotCoveredError(
@@ -105,6 +111,11 @@ class Run:
     def streams(self) -> int:
         """n: 1 without mHC."""
         return self.mhc.num_streams if self.mhc is not None else 1
+
+    @property
+    def communication(self) -> str:
+        """Of its pipeline (`mhc_megatron.pipeline.state.communication`); ``wide`` without mHC."""
+        return "wide" if self.mhc is None else communication(self.mhc, self.config, self.leaves_node)
 
     @property
     def tensor(self) -> int:

@@ -19,6 +19,7 @@ from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import schedules
 
 from mhc_megatron import MHCConfig
+from mhc_megatron.pipeline.nodes import VARIABLES, leaves_node
 from mhc_megatron.pipeline.side_channel import SideChannel
 from mhc_megatron.pipeline.state import pipeline_state
 from mhc_megatron.residual.input import HyperConnectionInput
@@ -114,7 +115,7 @@ def compare_gradients(ours: torch.nn.Module, theirs: torch.nn.Module) -> None:
     scale: dict[str, torch.Tensor] = {}
     for name, _, expected in pairs:
         kind = name.rsplit(".", 1)[-1]
-        scale[kind] = torch.maximum(scale.get(kind, expected.new_zeros(())), expected.norm())
+        scale[kind] = torch.maximum(scale.get(kind, expected.new_tensor(1e-30)), expected.norm())
     for name, gradient, expected in pairs:
         error = (gradient - expected).norm() / scale[name.rsplit(".", 1)[-1]]
         assert error < TOLERANCE, f"{name}: {error:.1e}"
@@ -202,26 +203,53 @@ def test_a_lost_peer_ends_the_run(how: str, tmp_path: Path, hooks: None) -> None
     assert "gloo" in message.lower() or "timed out" in message.lower(), message
 
 
-def nothing_to_train(settings: dict[str, Any], folder: Path) -> None:
-    chunks, config = chunks_of(settings, "split")
-    models.step(chunks, config, range(2), forward_only=True)
-    if dist.get_rank() == 0:
-        for parameter in chunks[0].parameters():
-            parameter.requires_grad_(False)
-    models.step(chunks, config, range(2), forward_only=True)
-    try:
-        models.step(chunks, config, range(2))
-    except RuntimeError as error:
-        (folder / f"error-{dist.get_rank()}").write_text(str(error))
-    os._exit(1)
+def frozen_stage(settings: dict[str, Any]) -> None:
+    """The first stage, or all of it but its last sublayer's MLP, is not trained: by split transfers as by wide ones."""
+    (wide, wide_config), (split, split_config) = (chunks_of(settings, comm) for comm in ("wide", "split"))
+    for kept in ("mlp", "nothing"):
+        for chunks in (wide, split):
+            if parallel_state.is_pipeline_first_stage():
+                for name, parameter in chunks[0].named_parameters():
+                    parameter.requires_grad_(kept in name and "layers.1." in name)
+        for _ in range(3):
+            expected, losses = (
+                models.step(chunks, config, range(4)) for chunks, config in ((wide, wide_config), (split, split_config))
+            )
+            torch.testing.assert_close(losses, expected, rtol=TOLERANCE, atol=0)
+            compare_gradients(split[0], wide[0])
+            trained = any(p.requires_grad and p.main_grad.norm() > 0 for p in split[0].parameters())
+            assert trained is (kept == "mlp" or parallel_state.is_pipeline_last_stage())
 
 
-def test_a_stage_with_nothing_to_train_is_refused(tmp_path: Path, hooks: None) -> None:
-    """By split alone: the streams' gradient that comes for it would find nobody, and the next step would wait for ever."""
-    ends_badly(nothing_to_train, tmp_path)
-    assert (
-        "nothing before this pipeline stage's last sublayer is trained; use wide" in (tmp_path / "error-0").read_text()
-    )
+def test_a_stage_with_nothing_to_train(hooks: None, tmp_path: Path) -> None:
+    """Somebody receives the streams' gradient that comes for it all the same."""
+    sizes = {"pipeline_model_parallel_size": 2}
+    run_ranks(frozen_stage, 2, tmp_path, sizes, settings={**sizes, "batch_p2p_comm": False})
+
+
+def across_nodes(settings: dict[str, Any]) -> None:
+    for variable in VARIABLES:
+        os.environ.pop(variable, None)
+    assert leaves_node() is None
+    os.environ["SLURM_NTASKS_PER_NODE"] = "2"
+    assert leaves_node() is False
+    os.environ["LOCAL_WORLD_SIZE"] = "1"
+    assert leaves_node() is True
+    (wide, wide_config), (auto, auto_config) = (chunks_of(settings, comm) for comm in ("wide", "auto"))
+    state = pipeline_state(auto_config)
+    assert state is not None
+    assert state.split is (auto_config.virtual_pipeline_model_parallel_size is None)
+    expected, losses = (models.step(c, k, range(4)) for c, k in ((wide, wide_config), (auto, auto_config)))
+    torch.testing.assert_close(losses, expected, rtol=TOLERANCE, atol=0)
+    for ours, theirs in zip(auto, wide, strict=True):
+        compare_gradients(ours, theirs)
+
+
+@pytest.mark.parametrize("layout", ["pp2", "pp2-vpp2"])
+def test_auto_across_nodes(layout: str, hooks: None, tmp_path: Path) -> None:
+    """Split in 1F1B, wide in an interleaved schedule."""
+    _, sizes, settings = LAYOUTS[layout]
+    run_ranks(across_nodes, 2, tmp_path, sizes, settings={**sizes, **settings})
 
 
 def sends_without_waiting(

@@ -304,12 +304,23 @@ def test_kernels_of_the_forward_pass() -> None:
     assert forward + backward == pytest.approx(kernels - replaced)
 
 
-@pytest.mark.parametrize("comm", ["auto", "wide-stock", "split"])
+@pytest.mark.parametrize(
+    ("comm", "node", "kind"),
+    [
+        ("auto", 8, "wide"),  # `--world-size 8`
+        ("auto", 4, "split"),
+        ("wide-stock", 8, "wide-stock"),
+        ("split", 8, "split"),
+    ],
+)
 @pytest.mark.usefixtures("no_hooks_left")
-def test_expected_step_of_a_pipeline(comm: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_expected_step_of_a_pipeline(
+    comm: str, node: int, kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Its two parts make up the difference; the kernels' is at least what the slowest stage's take."""
     written = tmp_path / "plan.json"
     mhc = ["--enable-mhc", "--mhc-recompute", "--mhc-pipeline-comm", comm, "--link-speeds", "10,100"]
+    mhc += ["--gpus-per-node", str(node)]
     assert main(["plan", "--world-size", "8", "--json", str(written), *LAUNCH, *mhc]) == 0
     plan = json.loads(written.read_text())
     modes = [stage["modes"]["recompute"] for stage in plan["stages"]]
@@ -318,7 +329,7 @@ def test_expected_step_of_a_pipeline(comm: str, tmp_path: Path, capsys: pytest.C
     text = capsys.readouterr().out
     for step in plan["expected_step"]:
         steps = {row["kind"]: row["step"] for row in plan["pipeline"] if row["link"] == step["link"]}
-        assert (step["residual"], step["mhc"]) == (steps["residual"], steps["wide" if comm == "auto" else comm])
+        assert (step["residual"], step["mhc"]) == (steps["residual"], steps[kind])
         assert step["mhc"] - step["residual"] == pytest.approx(step["kernels"] + step["exposed"])
         assert step["kernels"] > plan["layout"]["microbatches"] * slowest
         assert f"Expected step at {step['link'] / 1e9:.0f} GB/s: residual {step['residual'] * 1e3:.1f} ms" in text

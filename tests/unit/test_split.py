@@ -22,10 +22,12 @@ from mhc_megatron.pipeline.links import Arrival, _settings
 from mhc_megatron.pipeline.passes import Plan
 from mhc_megatron.pipeline.sends import Sends
 from mhc_megatron.pipeline.side_channel import SideChannel
-from mhc_megatron.pipeline.state import PipelineState, _report, communication, share_pipeline, splits
+from mhc_megatron.pipeline.state import PipelineState, _report, choose, communication, share_pipeline, splits
 from tests import models
 
 N, C, TOKENS = 4, 32, (6, 2)
+
+FULL = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
 
 
 class Done:
@@ -225,7 +227,7 @@ def test_no_links_where_the_host_waits_for_every_launch(monkeypatch: pytest.Monk
         ({}, True, "mHC: pipeline: split"),
         ({"pipeline_model_parallel_size": 1}, False, None),
         (
-            {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
+            FULL,
             False,
             "wide instead of split: recompute_granularity 'full' .* would send twice",
         ),
@@ -265,9 +267,26 @@ def test_links_are_asked_for(comm: str, links: bool, split: bool) -> None:
 
 
 @pytest.mark.parametrize(
+    ("settings", "leaves", "expected", "why"),
+    [
+        ({}, True, "split", "1F1B across nodes"),
+        ({}, False, "wide", "one node"),
+        ({}, None, "wide", "not known: none of LOCAL_WORLD_SIZE, "),
+        ({"virtual_pipeline_model_parallel_size": 2, "overlap_p2p_comm": True}, True, "wide", "interleaved"),
+        (FULL, True, "wide", "recompute_granularity"),
+    ],
+)
+def test_auto(settings: dict[str, Any], leaves: bool | None, expected: str, why: str) -> None:
+    config = models.make_config(pipeline_model_parallel_size=2, pipeline_dtype=torch.float32, **settings)
+    assert choose(config, leaves)[0] == expected
+    assert why in choose(config, leaves)[1]
+    assert communication(MHCConfig(), config, leaves) == expected
+
+
+@pytest.mark.parametrize(
     ("settings", "streams", "expected"),
     [
-        ({"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}, 4, "wide"),
+        (FULL, 4, "wide"),
         ({"variable_seq_lengths": True, "moe_token_dispatcher_type": "alltoall"}, 4, "wide-stock"),
         ({}, 1, "wide-stock"),
     ],
