@@ -42,3 +42,14 @@ def test_a_lost_peer_ends_the_run(tmp_path: Path, hooks: None) -> None:
     # NCCL's watchdog ends the rank that waits. The other one would end later, the launcher would end both if that one did.
     with pytest.raises(Exception, match="process 0 terminated"):
         run_ranks(pipeline.lose_a_peer, 2, tmp_path, layout, settings=settings, how="stuck", folder=tmp_path)
+
+
+def test_a_stage_with_nothing_to_train(tmp_path: Path, hooks: None) -> None:
+    sizes = {"pipeline_model_parallel_size": 2}
+    run_ranks(pipeline.frozen_stage, 2, tmp_path, sizes, settings={**sizes, "batch_p2p_comm": False})
+
+
+@pytest.mark.parametrize("layout", ["pp2", "pp2-vpp2"])
+def test_auto_across_nodes(layout: str, tmp_path: Path, hooks: None) -> None:
+    _, sizes, settings = pipeline.LAYOUTS[layout]
+    run_ranks(pipeline.across_nodes, 2, tmp_path, sizes, settings={**sizes, **settings})
