@@ -26,7 +26,7 @@ from mhc_megatron.residual.input import HyperConnectionInput
 from tests import models
 from tests.ranks import run_ranks, single_process
 
-# Float32; sums run in another order when tokens or weights are split.
+# Float32; sums run in another order when tokens, weights or streams are split. A pipeline alone, with wide transfers, keeps it.
 TOLERANCE = 1e-5
 MHC = MHCConfig(init="paper", init_alpha=0.5)
 
@@ -38,6 +38,8 @@ INTERLEAVED = {"overlap_p2p_comm": True, "batch_p2p_comm": False}
 RECOMPUTE = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
 MHC_RECOMPUTE = {"mhc": {"backend": "triton", "recompute": True}}  # with interpreted kernels: slow
 SPLIT, WIDE = {"mhc": {"pipeline_comm": "split"}}, {"mhc": {"pipeline_comm": "wide"}}
+PP4_VPP2 = {"pipeline_model_parallel_size": 4, "virtual_pipeline_model_parallel_size": 2}
+EIGHT_CHUNKS = {"pipeline_model_parallel_layout": "E|t||t|t||t|L"}
 ENDS_APART = {"pipeline_model_parallel_layout": "E|tt|tt|L"}
 
 # The model of a layout whose name begins like this; of any other, MoE (Megatron wants SP for TP with MoE).
@@ -66,12 +68,16 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
     "dense-tp2-sp-mhc-recompute": (2, TP2, {"sequence_parallel": True, **MHC_RECOMPUTE}),
     "pp2-wide": (2, PP2, WIDE),
     "pp2-vpp2-wide": (2, VPP2, {**INTERLEAVED, **WIDE, "deallocate_pipeline_outputs": True}),
+    "pp2-vpp2-no-overlap": (2, VPP2, {"batch_p2p_comm": False}),
+    "pp2-vpp2-no-overlap-split": (2, VPP2, {**SPLIT, "deallocate_pipeline_outputs": True}),
     "pp2-split": (2, PP2, SPLIT),
     "pp2-no-batch-split": (2, PP2, {**SPLIT, "batch_p2p_comm": False, "deallocate_pipeline_outputs": True}),
     "dense-pp2-vpp2-split": (2, VPP2, {**INTERLEAVED, **SPLIT, "deallocate_pipeline_outputs": True}),
     "pp2-vpp2-split": (2, VPP2, {**INTERLEAVED, **SPLIT, "deallocate_pipeline_outputs": True}),
     "pp2-vpp2-ends-apart-split": (2, VPP2, {**INTERLEAVED, **SPLIT, **ENDS_APART}),
     "pp2-vpp2-flush-split": (2, VPP2, {**INTERLEAVED, **SPLIT, "overlap_p2p_comm_warmup_flush": True}),
+    "pp4-vpp2-split": (4, PP4_VPP2, {**INTERLEAVED, **SPLIT, **EIGHT_CHUNKS}),
+    "pp4-vpp2": (4, PP4_VPP2, {**INTERLEAVED, **EIGHT_CHUNKS, "deallocate_pipeline_outputs": True}),
     "pp2-ep2-split": (4, {**PP2, **EP2}, SPLIT),
     "pp2-tp2-sp-split": (4, {**PP2, **TP2}, {"sequence_parallel": True, **SPLIT}),
     "pp4-ends-apart-split": (4, {"pipeline_model_parallel_size": 4}, {**SPLIT, **ENDS_APART}),
@@ -90,6 +96,13 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
 
 def _model(name: str) -> str:
     return next((kind for kind in KINDS if name.split("-")[0] == kind), "moe")
+
+
+def _keeps_order(name: str) -> bool:
+    """Whether a layout computes the same sums in the same order as one process. (MTP has a second embedding.)"""
+    _, sizes, further = LAYOUTS[name]
+    plain = all("pipeline" in size for size in sizes) and "mtp" not in _model(name)
+    return plain and further.get("mhc", WIDE["mhc"]) == WIDE["mhc"]
 
 
 def _train(folder: Path, settings: dict[str, Any], out: str) -> None:
@@ -174,10 +187,11 @@ def test_layout_equals_one_process(name: str, reference: Any, hooks: None) -> No
     groups = {**sizes, "order": "tp-cp-ep-dp-pp"}
     run_ranks(_train, processes, folder, groups, folder=folder, settings=settings, out=name)
 
-    torch.testing.assert_close(_losses(folder, name), losses[_model(name)], rtol=TOLERANCE, atol=0)
+    tolerance = 0 if _keeps_order(name) else TOLERANCE
+    torch.testing.assert_close(_losses(folder, name), losses[_model(name)], rtol=tolerance, atol=0)
     with single_process(folder):
         ours = _gradients(folder, name)
     for parameter, expected in gradients[_model(name)].items():
         assert expected.norm() > 0, f"{parameter} gets no gradient: the comparison would be empty"
         error = (ours[parameter] - expected).norm() / expected.norm()
-        assert error < TOLERANCE, f"{parameter}: relative error {error:.1e}"
+        assert error <= tolerance, f"{parameter}: relative error {error:.1e}"

@@ -8,7 +8,6 @@ import os
 import random
 import signal
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import schedules
 
 from mhc_megatron import MHCConfig
+from mhc_megatron.pipeline.links import BACKWARD, Links
 from mhc_megatron.pipeline.nodes import VARIABLES, leaves_node
 from mhc_megatron.pipeline.side_channel import SideChannel
 from mhc_megatron.pipeline.state import pipeline_state
@@ -44,6 +44,11 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
         2,
         {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2},
         {"overlap_p2p_comm": True, "batch_p2p_comm": False, "overlap_p2p_comm_warmup_flush": True},
+    ),
+    "pp2-vpp2-no-overlap": (
+        2,
+        {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2},
+        {"batch_p2p_comm": False},
     ),
     "pp2-vpp2-groups": (
         2,
@@ -165,39 +170,51 @@ def test_streams_leave_before_the_last_sublayer_runs(tmp_path: Path, hooks: None
     assert receiver == [*received, "send y", "receive y", "send streams", "F", "F backward", "send y", "send streams"]
 
 
-def lose_a_peer(settings: dict[str, Any], how: str, folder: Path) -> None:
-    chunks, config = chunks_of(settings, "split")
-    models.step(chunks, config, range(2))
+def lose_a_peer(settings: dict[str, Any], how: str, folder: Path, comm: str = "split") -> None:
+    chunks, config = chunks_of(settings, comm)
+    models.step(chunks, config, range(4))
     if dist.get_rank() == 1:
-        # In the middle of a backward pass: y's gradient has left, the streams' has not.
+        send = Links.send
+
         def lose(*_: Any) -> None:
             if how == "killed":
                 os.kill(os.getpid(), signal.SIGKILL)
             time.sleep(60)
 
-        SideChannel.send_gradient = lose
+        def forward_alone(links: Links, direction: int, tensor: torch.Tensor) -> None:
+            return lose() if direction == BACKWARD else send(links, direction, tensor)
+
+        # Of split transfers in the middle of a backward pass: y's gradient has left, the streams' has not.
+        if comm == "split":
+            SideChannel.send_gradient = lose
+        else:
+            Links.send = forward_alone
     else:  # the test's launcher ends the others when one dies; a cluster's may not
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
     started = time.monotonic()
     try:
-        models.step(chunks, config, range(2))
+        models.step(chunks, config, range(4))
     except RuntimeError as error:
         (folder / "error").write_text(f"{time.monotonic() - started:.1f} {error}")
     os._exit(1)
 
 
-def ends_badly(function: Callable[..., None], folder: Path, **further: Any) -> None:
-    """Two ranks of a pipeline that must fail; its transfers wait for six seconds at most."""
-    sizes = {"pipeline_model_parallel_size": 2}
-    groups, settings = {**sizes, "distributed_timeout_minutes": 0.1}, {**sizes, "batch_p2p_comm": False}
+@pytest.mark.parametrize(
+    ("how", "layout", "comm"),
+    [
+        ("killed", "pp2", "split"),
+        ("stuck", "pp2", "split"),
+        ("stuck", "pp2", "wide"),
+        ("stuck", "pp2-vpp2", "split"),
+        ("killed", "pp2-vpp2", "wide"),
+    ],
+)
+def test_a_lost_peer_ends_the_run(how: str, layout: str, comm: str, tmp_path: Path, hooks: None) -> None:
+    """With the pipeline group's own timeout (here six seconds), on our links as well."""
+    processes, sizes, settings = LAYOUTS[layout]
+    further = {"settings": {**sizes, **settings, "batch_p2p_comm": False}, "how": how, "comm": comm, "folder": tmp_path}
     with pytest.raises(Exception, match="terminated"):
-        run_ranks(function, 2, folder, groups, settings=settings, folder=folder, **further)
-
-
-@pytest.mark.parametrize("how", ["killed", "stuck"])
-def test_a_lost_peer_ends_the_run(how: str, tmp_path: Path, hooks: None) -> None:
-    """With the pipeline group's own timeout, on our links as well."""
-    ends_badly(lose_a_peer, tmp_path, how=how)
+        run_ranks(lose_a_peer, processes, tmp_path, {**sizes, "distributed_timeout_minutes": 0.1}, **further)
     seconds, message = (tmp_path / "error").read_text().split(" ", 1)
     assert float(seconds) < 30
     assert "gloo" in message.lower() or "timed out" in message.lower(), message
