@@ -6,12 +6,12 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-COLOURS = {"transfer": "tab:red", "mHC": "tab:blue", "other": "darkgrey"}
+COLOURS = {"transfer": "tab:red", "mHC": "tab:blue", "experts": "tab:green", "other": "darkgrey"}
 ZOOM = (0.45, 0.6)
 """The part of the step that the lower panel shows."""
 
 Rows = dict[Any, list[tuple[float, float, str]]]
-"""By stream: start and length in ms, kind."""
+"""By stream: start and length in ms, kind. Experts: routed ones (`_experts`)."""
 
 
 def draw(profiler: Any, picture: Path, title: str) -> float:
@@ -57,10 +57,25 @@ def _rows(profiler: Any) -> Rows:
         if "CUDA" in str(event.device_type()) and event.duration_ns() > 0
     ]
     start = min((event.start_ns() for event in events), default=0)
-    for event in events:
-        bar = ((event.start_ns() - start) / 1e6, event.duration_ns() / 1e6, _kind(event.name()))
-        rows[event.device_resource_id()].append(bar)
+    experts: dict[Any, bool] = defaultdict(bool)
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        stream, name = event.device_resource_id(), event.name()
+        kind = _kind(name)
+        if kind == "other":
+            experts[stream], kind = _experts(name, experts[stream])
+        rows[stream].append(((event.start_ns() - start) / 1e6, event.duration_ns() / 1e6, kind))
     return rows
+
+
+def _experts(name: str, before: bool) -> tuple[bool, str]:
+    """Whether routed experts go on after a kernel, and what it is. before: whether they were under way before it.
+
+    Tokens are permuted for them, and back after them, by kernels of these names (``moe_permute_fusion``), in the backward too.
+    """
+    if name.startswith("_unpermute_kernel"):
+        return False, "experts"
+    after = before or name.startswith("_permute_kernel")
+    return after, "experts" if after else "other"
 
 
 def _covered(events: list[tuple[float, float, str]]) -> float:

@@ -35,6 +35,12 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
         {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2},
         {"overlap_p2p_comm": True, "batch_p2p_comm": False},
     ),
+    "pp2-ep2": (4, {"pipeline_model_parallel_size": 2, "expert_model_parallel_size": 2}, {"batch_p2p_comm": False}),
+    "pp2-tp2-sp": (
+        4,
+        {"pipeline_model_parallel_size": 2, "tensor_model_parallel_size": 2},
+        {"batch_p2p_comm": False, "sequence_parallel": True},
+    ),
     "pp3-vpp2": (
         3,
         {"pipeline_model_parallel_size": 3, "virtual_pipeline_model_parallel_size": 2},
