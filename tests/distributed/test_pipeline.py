@@ -91,16 +91,16 @@ def many_steps(settings: dict[str, Any], folder: Path) -> None:
     stages = parallel_state.get_pipeline_model_parallel_world_size()
     group = wide_config.microbatch_group_size_per_vp_stage if len(wide) > 1 else 1
     counts = [m for m in range(group, max(8, 4 * group)) if not 0 < m % group < stages]
-    draw = random.Random(0)
+    draw, replicas = random.Random(0), parallel_state.get_data_parallel_world_size()
     for _ in range(STEPS):
-        microbatches = range(draw.choice(counts))
+        microbatches = range(draw.choice(counts) * replicas)
         forward_only = draw.random() < 0.25
         expected, losses = (
             models.step(chunks, config, microbatches, forward_only)
             for chunks, config in ((wide, wide_config), (split, split_config))
         )
         if parallel_state.is_pipeline_last_stage(ignore_virtual=True):
-            assert len(losses) == len(microbatches)
+            assert len(losses) == len(microbatches) // replicas
         torch.testing.assert_close(losses, expected, rtol=TOLERANCE, atol=0)
         if forward_only:
             continue
