@@ -63,6 +63,16 @@ def test_same_bits(name: str, one_process: None) -> None:
     assert of(RECOMPUTE) == kept
 
 
+@pytest.mark.parametrize("name", ["", "FP8", "FP8 delayed"])
+def test_full_recompute_has_the_same_bits(name: str, one_process: None) -> None:
+    """Megatron's, of whole layers by Transformer Engine's checkpoint, to which mHC's own gives way."""
+    model = {**QUICKSTART, **SETTINGS[name], "hidden_size": 512}
+    full = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    kept, again = (train({**model, **more}, RECOMPUTE, 512, microbatches=2, bits=True) for more in ({}, full))
+    assert (again.losses, again.gradients) == (kept.losses, kept.gradients)
+    assert again.peak < kept.peak
+
+
 def test_inputs_are_free_between(one_process: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """What Transformer Engine's modules saved of every sublayer's input has no memory until the backward."""
     storages: list[StorageWeakRef] = []

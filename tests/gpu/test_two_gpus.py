@@ -41,21 +41,35 @@ ON_FOUR = {
 }
 
 
-@pytest.fixture(scope="module")
-def arguments(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    folder: Path = tmp_path_factory.mktemp("two-gpus")
-    shared = megatron_arguments(data.prepare(folder), ITERATIONS, gpu=True)
-    # One start for all layouts: Megatron's own initialisation depends on the layout. 264 tokens: no padding under TP.
+def prepared(folder: Path, further: list[str]) -> list[str]:
+    """Arguments of runs from one start: Megatron's own initialisation depends on the layout."""
+    shared = [*megatron_arguments(data.prepare(folder), ITERATIONS, gpu=True), "--enable-mhc", *further]
     start = folder / "start"
+    # 264 tokens: no padding under TP.
     shared += ["--vocab-size=264", "--make-vocab-size-divisible-by=1", "--global-batch-size=32", "--lr-warmup-iters=0"]
     shared += ["--distributed-timeout-minutes=2"]
-    train([*shared, "--enable-mhc", f"--save={start}", "--save-interval=1", "--train-iters=1"], 1)
-    return [*shared, "--enable-mhc", f"--load={start}", "--finetune"]
+    train([*shared, f"--save={start}", "--save-interval=1", "--train-iters=1"], 1)
+    return [*shared, f"--load={start}", "--finetune"]
+
+
+@pytest.fixture(scope="module")
+def arguments(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    return prepared(tmp_path_factory.mktemp("two-gpus"), ["--moe-grouped-gemm"])
 
 
 @pytest.fixture(scope="module")
 def one_gpu(arguments: list[str]) -> dict[int, float]:
     return train(arguments, 1)
+
+
+@pytest.fixture(scope="module")
+def local_arguments(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    return prepared(tmp_path_factory.mktemp("two-gpus-local"), ["--transformer-impl=local"])
+
+
+@pytest.fixture(scope="module")
+def local_one_gpu(local_arguments: list[str]) -> dict[int, float]:
+    return train(local_arguments, 1)
 
 
 @pytest.mark.parametrize("layout", [*LAYOUTS, *ON_FOUR])
@@ -64,7 +78,16 @@ def test_layout_equals_one_gpu(layout: str, arguments: list[str], one_gpu: dict[
     processes = 4 if layout in ON_FOUR else 2
     if not has_gpus(processes):
         pytest.skip(f"needs {processes} CUDA GPUs (or MHC_SHARE_GPU=1)")
-    losses = train([*arguments, *{**LAYOUTS, **ON_FOUR}[layout].split()], processes)
+    compare(layout, train([*arguments, *{**LAYOUTS, **ON_FOUR}[layout].split()], processes), one_gpu)
+
+
+@pytest.mark.parametrize("layout", ["tp2-sp", "tp2-sp-mhc-recompute", "ep2", "pp2-vpp2-split"])
+def test_local_modules(layout: str, local_arguments: list[str], local_one_gpu: dict[int, float]) -> None:
+    """The same without Transformer Engine."""
+    compare(layout, train([*local_arguments, *LAYOUTS[layout].split()], 2), local_one_gpu)
+
+
+def compare(layout: str, losses: dict[int, float], one_gpu: dict[int, float]) -> None:
     print(f"{layout}: {losses} against {one_gpu}")
     assert losses.keys() == one_gpu.keys() == set(range(1, ITERATIONS + 1))
     assert losses[1] == pytest.approx(one_gpu[1], rel=1e-3)

@@ -59,7 +59,15 @@ def test_measured_peaks(name: str, layers: str, kind: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "layers"), [("h100_27b_planned", 4), ("h100_27b_depth", 8), ("h100_27b_padded_2", 5), ("h100_dense", 4)]
+    ("name", "layers"),
+    [
+        ("h100_27b_planned", 4),
+        ("h100_27b_depth", 8),
+        ("h100_27b_padded_2", 5),
+        ("h100_27b_4096_2", 5),
+        ("h100_dense", 4),
+        ("h100_dense_kinds", 4),
+    ],
 )
 def test_measured_peaks_with_the_planners_blocks(name: str, layers: int) -> None:
     """To 0.5 %. Of 4 and 8 layers the peak is in the last layer's second sublayer, whose streams alone are kept (a new block
