@@ -1,26 +1,43 @@
-"""Whether pipeline transfers leave a node: they cross a network then, slower than what connects its GPUs."""
+"""Whether pipeline transfers leave a machine: they cross a network then, slower than what connects its GPUs."""
 
 from __future__ import annotations
 
-import os
+import socket
+import weakref
+from collections.abc import Sequence
 from itertools import pairwise
+from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-# Ranks of a node: torchrun's, Slurm's (with --ntasks-per-node), Open MPI's.
-VARIABLES = ("LOCAL_WORLD_SIZE", "SLURM_NTASKS_PER_NODE", "OMPI_COMM_WORLD_LOCAL_SIZE")
+_known: weakref.WeakKeyDictionary[dist.ProcessGroup, bool] = weakref.WeakKeyDictionary()
+
+
+def machine() -> str:
+    """This machine's name; the same in all of its containers."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return socket.gethostname()
 
 
 def leaves_node() -> bool | None:
-    """Whether this rank's pipeline has neighbouring stages on two nodes; None where that is not known.
+    """Whether any pipeline of the job has neighbouring stages on two machines; None before Megatron's process groups are there.
 
-    Nodes hold equal numbers of ranks, in order. The same for all ranks of a pipeline. Known once Megatron's process groups are
-    there, where one of `VARIABLES` says how many ranks a node has.
+    The same on all ranks. Collective over all of them, once for a pipeline group: they build their models at the same time.
     """
-    size = next((value for value in map(os.environ.get, VARIABLES) if value), "")
     group = parallel_state.get_pipeline_model_parallel_group(check_initialized=False)
-    if not size.isdigit() or int(size) == 0 or group is None:
+    if group is None:
         return None
-    nodes = [rank // int(size) for rank in dist.get_process_group_ranks(group)]
-    return any(a != b for a, b in pairwise(nodes))
+    if group not in _known:
+        rows: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(rows, (machine(), dist.get_process_group_ranks(group)))
+        machines = [name for name, _ in rows]
+        _known[group] = any(_apart(machines, ranks) for _, ranks in rows)
+    return _known[group]
+
+
+def _apart(machines: Sequence[str], ranks: Sequence[int]) -> bool:
+    return any(machines[a] != machines[b] for a, b in pairwise(ranks))

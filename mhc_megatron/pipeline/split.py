@@ -54,7 +54,8 @@ class _Depart(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dpost: Tensor) -> Any:
         gradient, ctx.departure.gradient = ctx.departure.gradient, None
-        return gradient.wait(), dpost, None
+        received = gradient.wait()
+        return received if ctx.needs_input_grad[0] else None, dpost, None
 
 
 class _Pack(torch.autograd.Function):
@@ -134,10 +135,10 @@ def depart(
 def depart_with(state: PipelineState, streams: Tensor, post: Tensor) -> tuple[Tensor, Departure]:
     """As `depart`, with ``H_res @ x`` given."""
     assert state.channel is not None, "departs() comes first"
-    if torch.is_grad_enabled() and not streams.requires_grad:
+    if torch.is_grad_enabled() and not (streams.requires_grad or post.requires_grad):
         # Nothing before the last sublayer is trained. The next stage sends a gradient of the streams all the same, and somebody
         # must receive it.
-        streams = streams.detach().requires_grad_()
+        post = post.detach().requires_grad_()
     departure = Departure(state.channel, streams.dtype)
     return _Depart.apply(streams, post, departure), departure
 

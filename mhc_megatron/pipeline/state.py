@@ -11,7 +11,7 @@ from megatron.core.pipeline_parallel.utils import is_pp_last_stage, is_vp_last_s
 from megatron.core.utils import log_single_rank
 
 from mhc_megatron.config import MHCConfig
-from mhc_megatron.pipeline.nodes import VARIABLES, leaves_node
+from mhc_megatron.pipeline.nodes import leaves_node
 
 if TYPE_CHECKING:
     from mhc_megatron.pipeline.side_channel import SideChannel
@@ -75,7 +75,7 @@ def pipeline_state(config: Any) -> PipelineState | None:
 def communication(mhc_config: MHCConfig, config: Any, leaves: bool | None = None) -> str:
     """How streams travel between pipeline stages: ``split``, ``wide`` or ``wide-stock`` (Megatron's own transfers).
 
-    leaves: whether transfers leave a node, for a pipeline that is not there yet (`leaves_node`).
+    leaves: whether transfers leave a machine, for a pipeline that is not there yet (`leaves_node`).
     """
     asked = mhc_config.pipeline_comm
     if mhc_config.num_streams == 1 or asked == "wide-stock" or why_not_own_links(config) is not None:
@@ -95,7 +95,7 @@ def choose(config: Any, leaves: bool | None = None) -> tuple[str, str]:
         return "wide", "an interleaved schedule has time for its transfers"
     leaves = leaves_node() if leaves is None else leaves
     if leaves is None:
-        return "wide", f"whether stages are on different nodes is not known: none of {', '.join(VARIABLES)} is set"
+        return "wide", "where the stages will be is not known"
     if not leaves:
         return "wide", "neighbouring stages are on one node"
     if (reason := why_not_split(config)) is not None:
@@ -104,8 +104,7 @@ def choose(config: Any, leaves: bool | None = None) -> tuple[str, str]:
 
 
 def splits(mhc_config: MHCConfig, config: Any) -> bool:
-    """Whether pipeline transfers are split. The same on all ranks of a pipeline: it depends on settings, and on the environment
-    alone."""
+    """Whether pipeline transfers are split. The same on all ranks: by settings, CUDA_LAUNCH_BLOCKING and `leaves_node`."""
     if config.pipeline_model_parallel_size == 1 or mhc_config.num_streams == 1:
         return False
     asked, chosen = mhc_config.pipeline_comm, ""

@@ -52,7 +52,8 @@ def stage_memory(run: Run, stage: int) -> StageMemory:
     # (With it as well, but in the warm-up alone: the last one has been used when the first backward pass comes.) With groups
     # larger than the pipeline is long, the last stage's results wait on the first one until the group has passed there;
     # gradients likewise.
-    tensors = 3 if run.communication == "split" and run.chunks_per_stage == 1 else 2
+    split = run.mhc is not None and run.communication == "split"
+    tensors = 3 if split and run.chunks_per_stage == 1 else 2
     if run.chunks_per_stage > 1 and stage in (0, run.stages - 1):
         tensors += max(0, run.group - run.stages)
     buffers = tensors * stream_bytes(run) if run.stages > 1 else 0

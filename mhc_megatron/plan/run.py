@@ -42,7 +42,7 @@ class Run:
     distributed_optimizer: optimizer states are sharded over data parallelism. gradients: ``main`` (Megatron's buffers;
     weight gradients pass through memory of their own first, unless fused) or ``plain`` (PyTorch's, no optimizer: a bare
     forward and backward). gradient_bytes: of a main gradient. state_bytes: of a parameter's master copy and of its two moments.
-    leaves_node: whether pipeline transfers do; None: as the process groups have it (`leaves_node`).
+    stages_first: ranks of a pipeline come before those of data parallelism (``--use-tp-pp-dp-mapping``).
     """
 
     config: Any
@@ -58,7 +58,8 @@ class Run:
     gradients: str = "main"
     gradient_bytes: int = 4
     state_bytes: tuple[int, int] = (4, 8)
-    leaves_node: bool | None = None
+    gpus_per_node: int = 8
+    stages_first: bool = False
 
     @classmethod
     def from_arguments(cls, args: argparse.Namespace, config: Any, gpus_per_node: int = 8) -> Run:
@@ -73,10 +74,7 @@ class Run:
                 f"{flag} is not covered: the planner counts what Transformer Engine modules in bf16, fp16 or fp32 "
                 "and Adam keep; leave it out to plan without it"
             )
-        # One pipeline's ranks are apart as far as all others' are many, or side by side.
-        width = config.tensor_model_parallel_size * config.context_parallel_size
-        span = width * config.pipeline_model_parallel_size if args.use_tp_pp_dp_mapping else args.world_size
-        run = replace(cls.from_covered(args, config), leaves_node=span > gpus_per_node)
+        run = replace(cls.from_covered(args, config), gpus_per_node=gpus_per_node)
         reason = None if run.mhc is None else why_reference(run.mhc, config)
         if reason is not None:
             raise NotCoveredError(
@@ -99,6 +97,7 @@ class Run:
             vocabulary=args.padded_vocab_size,
             tied=not args.untie_embeddings_and_output_weights,
             learned_positions=args.max_position_embeddings if learned else 0,
+            stages_first=args.use_tp_pp_dp_mapping,
             distributed_optimizer=args.use_distributed_optimizer,
             gradient_bytes=4 if args.accumulate_allreduce_grads_in_fp32 else config.params_dtype.itemsize,
             state_bytes=(
@@ -114,8 +113,15 @@ class Run:
 
     @property
     def communication(self) -> str:
-        """Of its pipeline (`mhc_megatron.pipeline.state.communication`); ``wide`` without mHC."""
-        return "wide" if self.mhc is None else communication(self.mhc, self.config, self.leaves_node)
+        """Of its pipeline (`mhc_megatron.pipeline.state.communication`); without mHC, what it would be with it."""
+        return communication(self.mhc or MHCConfig(), self.config, self.leaves_node)
+
+    @property
+    def leaves_node(self) -> bool:
+        """Whether transfers of some pipeline do. Ranks of a pipeline lie side by side, or all over the job."""
+        side_by_side = self.tensor * self.config.context_parallel_size * self.stages
+        span, node = side_by_side if self.stages_first else self.world_size, self.gpus_per_node
+        return self.world_size > node and (span > node or node % span != 0)
 
     @property
     def tensor(self) -> int:

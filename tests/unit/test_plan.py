@@ -335,6 +335,28 @@ def test_expected_step_of_a_pipeline(
         assert f"Expected step at {step['link'] / 1e9:.0f} GB/s: residual {step['residual'] * 1e3:.1f} ms" in text
 
 
+@pytest.mark.parametrize(
+    ("world_size", "node", "stages_first", "leaves"),
+    [
+        (8, 8, False, False),
+        (16, 8, False, True),
+        (16, 8, True, False),  # TP 2 x PP 4 fill a node
+        (24, 4, True, True),
+        (48, 12, True, True),  # and do not divide this one
+    ],
+)
+def test_transfers_leave_a_node(world_size: int, node: int, stages_first: bool, leaves: bool) -> None:
+    config = models.make_config(
+        pipeline_model_parallel_size=4,
+        tensor_model_parallel_size=2,
+        sequence_parallel=True,
+        pipeline_dtype=torch.float32,
+    )
+    run = make_run(config, world_size=world_size, gpus_per_node=node, stages_first=stages_first)
+    assert run.leaves_node is leaves
+    assert run.communication == ("split" if leaves else "wide")
+
+
 @pytest.mark.usefixtures("no_hooks_left")
 def test_command_compares_a_given_length(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     written = tmp_path / "plan.json"
