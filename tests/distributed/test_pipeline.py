@@ -19,7 +19,7 @@ from megatron.core.pipeline_parallel import schedules
 
 from mhc_megatron import MHCConfig
 from mhc_megatron.pipeline import nodes
-from mhc_megatron.pipeline.links import BACKWARD, Links
+from mhc_megatron.pipeline.links import BACKWARD, Arrival, Links
 from mhc_megatron.pipeline.nodes import leaves_node
 from mhc_megatron.pipeline.side_channel import SideChannel
 from mhc_megatron.pipeline.state import pipeline_state
@@ -235,6 +235,10 @@ def test_a_lost_peer_ends_the_run(how: str, layout: str, comm: str, tmp_path: Pa
 def frozen_stage(settings: dict[str, Any]) -> None:
     """The first stage, or all of it but its last sublayer's MLP, is not trained: by split transfers as by wide ones."""
     (wide, wide_config), (split, split_config) = (chunks_of(settings, comm) for comm in ("wide", "split"))
+    posted, taken = [], []
+    receive, wait = SideChannel.receive_gradient, Arrival.wait
+    SideChannel.receive_gradient = lambda *a: posted.append(receive(*a)) or posted[-1]
+    Arrival.wait = lambda arrival: taken.append(arrival) or wait(arrival)
     for kept in (".layers.1.mlp.", "nothing"):
         for chunks in (wide, split):
             if parallel_state.is_pipeline_first_stage():
@@ -248,6 +252,10 @@ def frozen_stage(settings: dict[str, Any]) -> None:
             torch.testing.assert_close(losses, expected, rtol=TOLERANCE, atol=0)
             if forward_only:
                 continue
+            assert {id(arrival.work) for arrival in posted} <= {id(arrival.work) for arrival in taken}
+            assert len(posted) == (4 if parallel_state.is_pipeline_first_stage() else 0)
+            posted.clear()
+            taken.clear()
             compare_gradients(split[0], wide[0], frozen=True)
             trained = any(p.requires_grad and p.main_grad.norm() > 0 for p in split[0].parameters())
             assert trained is (kept != "nothing" or parallel_state.is_pipeline_last_stage())
