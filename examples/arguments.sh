@@ -24,6 +24,18 @@ one_of() {
     fail "$name must be one of: $*; got '${!name}'"
 }
 
+# count_chunks LAYOUT: of a --pipeline-model-parallel-layout, as Megatron reads it: (X)*N and |*N are repeated.
+count_chunks() {
+    local rest=$1 repeated i
+    while [[ $rest =~ ^(.*)\(([^()]+)\)\*([0-9]+)(.*)$ || $rest =~ ^(.*)(\|)\*([0-9]+)(.*)$ ]]; do
+        repeated=
+        for ((i = 0; i < BASH_REMATCH[3]; i++)); do repeated+=${BASH_REMATCH[2]}; done
+        rest=${BASH_REMATCH[1]}$repeated${BASH_REMATCH[4]}
+    done
+    rest=${rest//[^|]/}
+    echo $((${#rest} + 1))
+}
+
 # words ARRAY TEXT: split at spaces and line ends. Quotes and backslashes are characters like any other.
 words() {
     read -r -d '' -a "$1" <<<"$2" || true # it wants a zero byte at the end, and finds none
@@ -32,6 +44,7 @@ words() {
 [[ -n ${SIZE:-} ]] || fail "name a model: $0 3b | 9b | 27b"
 [[ -f $EXAMPLES/models/$SIZE.sh ]] ||
     fail "no model '$SIZE': there is $(cd "$EXAMPLES/models" && echo *.sh | sed 's/\.sh//g') in $EXAMPLES/models"
+asked_vpp=${VPP:-}
 # shellcheck source=models/27b.sh
 source "$EXAMPLES/models/$SIZE.sh"
 
@@ -89,6 +102,13 @@ microbatches=$((GLOBAL_BATCH / (MICRO_BATCH * DP)))
 
 PIPELINE=(--pipeline-model-parallel-size "$PP")
 if [[ -n $PIPELINE_LAYOUT ]]; then
+    [[ $PIPELINE_LAYOUT =~ ^[EtmL0-9\|\(\)*,]+$ ]] ||
+        fail "PIPELINE_LAYOUT=$PIPELINE_LAYOUT is no layout: E, t, m and L (embedding, layers, MTP, loss), | between chunks, *N, ()"
+    chunks=$(count_chunks "$PIPELINE_LAYOUT")
+    ((chunks % PP == 0)) || fail "PIPELINE_LAYOUT=$PIPELINE_LAYOUT has $chunks chunks, not a multiple of PP=$PP"
+    VPP=$((chunks / PP))
+    [[ -z $asked_vpp || $asked_vpp == "$VPP" ]] ||
+        fail "PIPELINE_LAYOUT=$PIPELINE_LAYOUT has $VPP chunks for each of PP=$PP stages, but VPP=$asked_vpp; leave VPP out"
     PIPELINE+=(--pipeline-model-parallel-layout "$PIPELINE_LAYOUT")
 else
     if ((NUM_LAYERS % (PP * VPP) != 0)); then
@@ -100,6 +120,8 @@ else
     fi
     ((VPP == 1)) || PIPELINE+=(--num-virtual-stages-per-pipeline-rank "$VPP")
 fi
+((VPP > 1 || MICROBATCH_GROUP == PP)) ||
+    fail "MICROBATCH_GROUP=$MICROBATCH_GROUP is of an interleaved pipeline: set VPP to 2 or more, or leave it out"
 if ((VPP > 1)); then
     ((PP > 1)) || fail "VPP=$VPP needs a pipeline: set PP to 2 or more, or VPP=1"
     ((MICROBATCH_GROUP != PP || microbatches % PP == 0)) ||

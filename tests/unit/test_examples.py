@@ -161,6 +161,17 @@ def test_larger_groups() -> None:
 
 
 @pytest.mark.parametrize(
+    ("layout", "chunks"), [("Et*7|t*8|t*8|t*7L", 1), ("Ett|(tt|)*14L", 4), ("E|t*4|t*4|t*4|t*4|t*5|t*5|t*4,L", 2)]
+)
+def test_layout_says_how_many_chunks(layout: str, chunks: int) -> None:
+    done = launch("27b", DRY_RUN=1, MOCK_DATA=1, PIPELINE_LAYOUT=layout)
+    assert done.returncode in (0, 1), done.stdout + done.stderr  # whether it fits is not the question
+    assert f"PP 4, VPP {chunks}, EP 8" in done.stdout
+    assert "accepts these arguments on 64 GPUs" in done.stdout
+    assert f"PP 4 x {chunks} chunks" in done.stdout, "the planner, which asks Megatron"
+
+
+@pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({"MODE": "mch"}, "MODE must be one of: residual hc mhc; got 'mch'"),
@@ -173,6 +184,10 @@ def test_larger_groups() -> None:
         ({"MHC_INIT": "same"}, "MHC_INIT must be one of: preserve paper; got 'same'"),
         ({"MHC_BACKEND": "cuda"}, "MHC_BACKEND must be one of: auto triton reference; got 'cuda'"),
         ({"PIPELINE_COMM": "narrow"}, "PIPELINE_COMM must be one of: auto wide split wide-stock; got 'narrow'"),
+        ({"PIPELINE_LAYOUT": "garbage"}, "PIPELINE_LAYOUT=garbage is no layout: E, t, m and L"),
+        ({"PIPELINE_LAYOUT": "Et*15|t*15L"}, "PIPELINE_LAYOUT=Et*15|t*15L has 2 chunks, not a multiple of PP=4"),
+        ({"PIPELINE_LAYOUT": "Ett|(tt|)*14L", "VPP": 2}, "has 4 chunks for each of PP=4 stages, but VPP=2; leave VPP out"),
+        ({"VPP": 1, "MICROBATCH_GROUP": 8}, "MICROBATCH_GROUP=8 is of an interleaved pipeline"),
         ({"EP": "5", "GPUS_PER_NODE": 10}, "72 experts are not divisible by EP=5; choose a divisor of 72"),
         ({"EP": "64"}, "lower EP=64 or PP=4"),
         ({"TP": "3"}, "64 are not a multiple of TP x CP x PP = 3 x 1 x 4"),
