@@ -186,7 +186,10 @@ def test_layout_says_how_many_chunks(layout: str, chunks: int) -> None:
         ({"PIPELINE_COMM": "narrow"}, "PIPELINE_COMM must be one of: auto wide split wide-stock; got 'narrow'"),
         ({"PIPELINE_LAYOUT": "garbage"}, "PIPELINE_LAYOUT=garbage is no layout: E, t, m and L"),
         ({"PIPELINE_LAYOUT": "Et*15|t*15L"}, "PIPELINE_LAYOUT=Et*15|t*15L has 2 chunks, not a multiple of PP=4"),
-        ({"PIPELINE_LAYOUT": "Ett|(tt|)*14L", "VPP": 2}, "has 4 chunks for each of PP=4 stages, but VPP=2; leave VPP out"),
+        (
+            {"PIPELINE_LAYOUT": "Ett|(tt|)*14L", "VPP": 2},
+            "has 4 chunks for each of PP=4 stages, but VPP=2; leave VPP out",
+        ),
         ({"VPP": 1, "MICROBATCH_GROUP": 8}, "MICROBATCH_GROUP=8 is of an interleaved pipeline"),
         ({"EP": "5", "GPUS_PER_NODE": 10}, "72 experts are not divisible by EP=5; choose a divisor of 72"),
         ({"EP": "64"}, "lower EP=64 or PP=4"),
