@@ -337,7 +337,8 @@ def _write(options: argparse.Namespace, results: dict[int, Any], speed: float) -
     options.json.write_text(json.dumps({"settings": settings, "results": results}, indent=1))
 
 
-def _start(options: argparse.Namespace) -> None:
+def start(options: argparse.Namespace) -> None:
+    """Megatron's process groups: a stage a process."""
     if options.tiny:
         from mhc_megatron import cpu
 
@@ -403,7 +404,7 @@ def main() -> None:
             parser.error(
                 f"--layers {options.layers} is not a multiple of {options.stages} stages x {vpp} chunks (--vpp)"
             )
-    _start(options)
+    start(options)
     gc.disable()
     speed = link_speed(2**12 if options.tiny else 42 * 2**20)
     everything = {}
