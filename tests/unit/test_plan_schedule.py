@@ -90,13 +90,13 @@ def test_computation_slowed_by_transfers_is_all_done() -> None:
     assert min(beside.values()) > 10, "of both there has to be something"
 
 
-MEASURED = [path.name for path in sorted((BENCHMARKS / "results").glob("h100x2_pipeline_shm*.json"))]
+MEASURED = [path.name for path in sorted((BENCHMARKS / "results").glob("h100x[24]_pipeline_shm*.json"))]
 FURTHER_OFF = {("4", "wide-stock"), ("4", "split")}  # benchmarks/README.md says by how much
 
 
 @pytest.mark.parametrize("name", MEASURED)
 def test_simulated_steps_are_the_measured_ones(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two H100s, streams over shared memory: every kind of communication, one to four chunks a stage."""
+    """Two and four H100s, streams over shared memory: every kind of communication, one to four chunks a stage."""
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     import simulated
 
@@ -104,7 +104,8 @@ def test_simulated_steps_are_the_measured_ones(name: str, monkeypatch: pytest.Mo
     written = json.loads((BENCHMARKS / "results" / name).read_text())
     for vpp, kinds in written["results"].items():
         for kind, row in kinds.items():
-            if kind.partition(":")[0] not in KINDS:
+            # Products that leave multiprocessors to transfers are not slowed as those that CONTENTION is of.
+            if kind.partition(":")[0] not in KINDS or "margin=" in kind:
                 continue
             result = simulated.simulated(written["settings"], int(vpp), kind, row["local_ms"] / 1e3, options)
             off = result.step * 1e3 / row["step_ms"] - 1
