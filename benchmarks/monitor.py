@@ -112,11 +112,8 @@ def main(arguments: list[str] | None = None) -> None:
         if options.shape != "27b":
             parser.error("--shape: a pipeline is of 27b layers")
         options.layers = options.layers or 2 * options.stages * options.vpp
-        options.experts, options.microbatches, options.microbatch = (
-            (4 if options.tiny else 9),
-            8,
-            options.tokens // options.sequence,
-        )
+        options.experts = 4 if options.tiny else 9
+        options.microbatches, options.microbatch = 8, options.tokens // options.sequence
         options.group, options.warmup_flush = options.stages, False
         start(options)
     else:
@@ -126,8 +123,12 @@ def main(arguments: list[str] | None = None) -> None:
         options.layers = options.layers or LAYERS[options.shape]
     with tempfile.TemporaryDirectory() as folder:
         times = measure(options, folder)
-    if torch.distributed.get_rank():
-        return
+    if torch.distributed.get_rank() == 0:
+        _show(times, options)
+    torch.distributed.destroy_process_group()
+
+
+def _show(times: dict[str, float], options: argparse.Namespace) -> None:
     extra = times["monitored"] - times["without"]
     share = extra / options.interval / times["without"] * 100
     pipeline = f", PP{options.stages} x VPP{options.vpp}, 8 microbatches" if options.stages > 1 else ""

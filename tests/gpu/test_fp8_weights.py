@@ -47,7 +47,7 @@ def plain(arguments: list[str]) -> dict[int, float]:
     ids=["one GPU", "recompute", "tp2-sp-recompute", "dp2"],
 )
 def test_same_losses(processes: int, further: list[str], arguments: list[str], plain: dict[int, float]) -> None:
-    """As with weights in bf16: what is multiplied is the same, but for the order of sums."""
+    """As with weights in bf16, but that those are rounded twice on their way to FP8."""
     if not has_gpus(processes):
         pytest.skip(f"needs {processes} CUDA GPUs (or MHC_SHARE_GPU=1)")
     losses = train([*arguments, *further], processes)
