@@ -23,11 +23,14 @@ def train(arguments: list[str], processes: int, *, launcher: bool = True) -> dic
     """The losses of a run, by iteration: of the training script under the launcher, or alone."""
     shared = processes > torch.cuda.device_count()
     nodes = processes if shared else 1
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     run = [sys.executable, "-m", "torch.distributed.run", f"--nnodes={nodes}", f"--nproc-per-node={processes // nodes}"]
-    run += ["--master-addr=127.0.0.1", f"--master-port={port}"]
+    if shared:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        run += ["--master-addr=127.0.0.1", f"--master-port={port}"]
+    else:
+        run += ["--standalone"]  # it takes a port itself: a free one may not be free for long beside other tests
     job = [*(["-m", "mhc_megatron", "pretrain"] if launcher else []), str(TRAIN_SCRIPT), *arguments]
     with contextlib.ExitStack() as stack:
         logs = [stack.enter_context(tempfile.TemporaryFile("w+")) for _ in range(nodes)]
