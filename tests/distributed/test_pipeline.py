@@ -77,10 +77,11 @@ def chunks_of(
 ) -> tuple[list[torch.nn.Module], Any]:
     """This rank's chunks with the same parameters for every ``comm``, in Megatron's DDP."""
     config = models.make_config(**{**model, "pipeline_dtype": torch.float32, **settings})
+    te = config.sequence_parallel and torch.cuda.is_available()  # Megatron's own RMSNorm refuses it on a GPU
     vpp = config.virtual_pipeline_model_parallel_size
     torch.manual_seed(1 + parallel_state.get_pipeline_model_parallel_rank())
     mhc = MHCConfig(init="paper", init_alpha=0.3, pipeline_comm=comm)
-    chunks = [models.build(config, mhc, stage) for stage in (range(vpp) if vpp else [None])]
+    chunks = [models.build(config, mhc, stage, te) for stage in (range(vpp) if vpp else [None])]
     return [models.wrap(chunk.cuda(), config) for chunk in chunks], config
 
 

@@ -81,9 +81,9 @@ def test_layout_equals_one_gpu(layout: str, arguments: list[str], one_gpu: dict[
     compare(layout, train([*arguments, *{**LAYOUTS, **ON_FOUR}[layout].split()], processes), one_gpu)
 
 
-@pytest.mark.parametrize("layout", ["tp2-sp", "tp2-sp-mhc-recompute", "ep2", "pp2-vpp2-split"])
+@pytest.mark.parametrize("layout", ["ep2", "pp2-vpp2", "pp2-vpp2-split", "pp2-vpp2-mhc-recompute"])
 def test_local_modules(layout: str, local_arguments: list[str], local_one_gpu: dict[int, float]) -> None:
-    """The same without Transformer Engine."""
+    """The same without Transformer Engine. Not TP + SP: Megatron's own RMSNorm refuses it on a GPU."""
     compare(layout, train([*local_arguments, *LAYOUTS[layout].split()], 2), local_one_gpu)
 
 

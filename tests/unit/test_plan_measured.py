@@ -64,6 +64,7 @@ def test_measured_peaks(name: str, layers: str, kind: str) -> None:
         ("h100_27b_planned", 4),
         ("h100_27b_depth", 8),
         ("h100_27b_padded_2", 5),
+        ("h100_27b_depth_2", 4),
         ("h100_27b_4096_2", 5),
         ("h100_dense", 4),
         ("h100_dense_kinds", 4),
