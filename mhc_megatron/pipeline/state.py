@@ -117,6 +117,8 @@ def splits(mhc_config: MHCConfig, config: Any) -> bool:
     if asked == "wide":
         reason = why_not_own_links(config)
         links = "links of their own" if reason is None else f"Megatron's own transfers: {reason}"
+        if reason is not None and reason in chosen:
+            chosen = " (auto)"
         _report(f"wide{chosen}, {mhc_config.num_streams} streams in the schedule's transfers, over {links}")
         return False
     reason = why_not_split(config)

@@ -283,6 +283,16 @@ def test_auto(settings: dict[str, Any], leaves: bool | None, expected: str, why:
     assert communication(MHCConfig(), config, leaves) == expected
 
 
+def test_auto_gives_a_reason_once(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    _report.cache_clear()
+    monkeypatch.setattr("mhc_megatron.pipeline.state.leaves_node", lambda: True)
+    stages = {"pipeline_model_parallel_size": 2, "pipeline_dtype": torch.float32}
+    config = models.make_config(**stages, variable_seq_lengths=True, moe_token_dispatcher_type="alltoall")
+    assert not splits(MHCConfig(), config)
+    assert "wide (auto), 4 streams" in caplog.text
+    assert caplog.text.count("variable_seq_lengths") == 1
+
+
 @pytest.mark.parametrize(
     ("settings", "streams", "expected"),
     [
