@@ -34,13 +34,21 @@ def _save_checkpoint(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def _note(iteration: int, folder: Path) -> str:
     free = f"{shutil.disk_usage(folder).free / 2**30:.1f} GiB free there" if folder.is_dir() else "no such folder"
+    return (
+        f"mhc-megatron: the checkpoint of iteration {iteration} could not be saved to {folder} ({free}). {_left(folder)}: make "
+        "room and start the same command again."
+    )
+
+
+def _left(folder: Path) -> str:
     tracker = folder / "latest_checkpointed_iteration.txt"
     last = tracker.read_text().strip() if tracker.is_file() else ""
-    return (
-        f"mhc-megatron: the checkpoint of iteration {iteration} could not be saved to {folder} ({free}). "
-        + (f"That of iteration {last} is whole and the one that is loaded" if last else "There is none before it")
-        + ": make room and start the same command again."
-    )
+    if last:
+        return f"That of iteration {last} is whole and the one that is loaded"
+    saved = sorted(path.name for path in folder.glob("iter_*"))
+    if tracker.is_file() and saved:  # Megatron was writing it
+        return f"{tracker.name} is empty: write the iteration of a whole one of {', '.join(saved)} into it"
+    return "There is none before it"
 
 
 REBINDINGS = [Rebinding("megatron.training.training", "save_checkpoint", _save_checkpoint)]
