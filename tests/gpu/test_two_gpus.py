@@ -72,6 +72,11 @@ def local_one_gpu(local_arguments: list[str]) -> dict[int, float]:
     return train(local_arguments, 1)
 
 
+@pytest.fixture(scope="module")
+def dense_arguments(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    return prepared(tmp_path_factory.mktemp("two-gpus-dense"), ["--transformer-impl=local", "--moe-layer-freq=[0]*4"])
+
+
 @pytest.mark.parametrize("layout", [*LAYOUTS, *ON_FOUR])
 def test_layout_equals_one_gpu(layout: str, arguments: list[str], one_gpu: dict[int, float]) -> None:
     """bf16: the first loss differs by rounding, later ones by what training makes of it."""
@@ -85,6 +90,12 @@ def test_layout_equals_one_gpu(layout: str, arguments: list[str], one_gpu: dict[
 def test_local_modules(layout: str, local_arguments: list[str], local_one_gpu: dict[int, float]) -> None:
     """The same without Transformer Engine. Not TP + SP: Megatron's own RMSNorm refuses it on a GPU."""
     compare(layout, train([*local_arguments, *LAYOUTS[layout].split()], 2), local_one_gpu)
+
+
+def test_dense_local_modules_under_tp(dense_arguments: list[str]) -> None:
+    """Without SP, which a MoE needs beside TP."""
+    losses = train([*dense_arguments, "--tensor-model-parallel-size=2"], 2)
+    compare("tp2", losses, train(dense_arguments, 1))
 
 
 def compare(layout: str, losses: dict[int, float], one_gpu: dict[int, float]) -> None:
