@@ -32,7 +32,7 @@ OPTIMIZATION = """
 --log-interval 1 --eval-interval 50 --eval-iters 8 --num-workers 0 --ckpt-format torch_dist
 """.split()
 
-# What is fused there needs extensions that the megatron-core package does not have.
+# No fusions that need extensions which the megatron-core package does not have.
 GPU_ARGUMENTS = """
 --bf16 --no-gradient-accumulation-fusion --no-persist-layer-norm --no-rope-fusion --no-masked-softmax-fusion
 """.split()
