@@ -3,6 +3,7 @@ with."""
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import torch
@@ -141,11 +142,21 @@ def planned_run(shape: str, mhc_config: MHCConfig | None, layers: int, sequence:
 
 
 def build_chunks(
-    kind: str, stages: int, vpp: int, layers: int, experts: int, sequence: int, tiny: bool, group: int, flush: bool
+    kind: str,
+    stages: int,
+    vpp: int,
+    layers: int,
+    experts: int,
+    sequence: int,
+    tiny: bool,
+    group: int,
+    flush: bool,
+    transport: str = "nccl",
 ) -> tuple[list[torch.nn.Module], Any]:
     """This rank's chunks of a 27B-shaped model on so many stages, and their config, as Megatron's arguments would have it.
 
     group: microbatches that pass a chunk in a row; flush: ``overlap_p2p_comm_warmup_flush``; both with several chunks.
+    transport: MHCConfig.pipeline_transport.
     """
     dtype = torch.float32 if tiny else torch.bfloat16
     settings: dict[str, Any] = {
@@ -161,7 +172,10 @@ def build_chunks(
         settings |= {"microbatch_group_size_per_vp_stage": group, "overlap_p2p_comm_warmup_flush": flush}
     config = _config("27b", layers, tiny, settings)
     chunks = range(vpp) if vpp > 1 else [None]
-    return [_model(config, PIPELINE_KINDS[kind], sequence, tiny, chunk) for chunk in chunks], config
+    mhc_config = PIPELINE_KINDS[kind]
+    if mhc_config is not None:
+        mhc_config = dataclasses.replace(mhc_config, pipeline_transport=transport)
+    return [_model(config, mhc_config, sequence, tiny, chunk) for chunk in chunks], config
 
 
 def _config(shape: str, layers: int, tiny: bool, more: dict[str, Any]) -> TransformerConfig:

@@ -1,12 +1,12 @@
-"""What a transfer between two GPUs and computation beside it cost each other, by NCCL's settings.
+"""What a transfer between two GPUs and computation beside it cost each other, by NCCL's settings or by copy engines.
 
     torchrun --nproc-per-node 2 benchmarks/links.py [--settings default ctas=1-4 high-priority:cga=1] [--json FILE]
 
 The link is NCCL's choice and the environment's (`pipeline.py` says how). For every setting (default: NCCL's own, not the 8 CTAs
-of `mhc_megatron.pipeline.links`), over a group each: the time of a transfer from GPU 0 to GPU 1 alone, and of two at once, one
-each way; each with nothing beside it, beside matrix products, and beside additions that are bound by memory; how much longer
-the computation takes for it. And how much longer it takes beside a receive that waits: of something that nobody has sent yet,
-as a pipeline schedule posts it ahead.
+of `mhc_megatron.pipeline.links`; copy-engine: `mhc_megatron.pipeline.copies`), over a group each: the time of a transfer from
+GPU 0 to GPU 1 alone, and of two at once, one each way; each with nothing beside it, beside matrix products, and beside
+additions that are bound by memory; how much longer the computation takes for it. And how much longer it takes beside a receive
+that waits: of something that nobody has sent yet, as a pipeline schedule posts it ahead.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import json
 import os
 import time
 from collections.abc import Callable
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -25,12 +26,25 @@ import nccl_settings
 import torch
 import torch.distributed as dist
 
+from mhc_megatron.pipeline.copies.connect import Copies, connect
+
 Load = Callable[[], Any]
+Link = Any
+"""A process group, or `mhc_megatron.pipeline.copies.connect.Copies`."""
 
 
-def links(setting: str) -> tuple[dist.ProcessGroup, dist.ProcessGroup]:
-    """Two groups of both ranks with NCCL's settings, connected."""
-    made = []
+def links(setting: str) -> tuple[Link, Link]:
+    """Two of both ranks, for either direction, connected."""
+    made: list[Link] = []
+    if setting == "copy-engine":
+        other = 1 - dist.get_rank()
+        ends = [(other, None), (None, other)] if other else [(None, other), (other, None)]
+        copies = connect(dict(enumerate(ends)), timedelta(minutes=1))
+        if copies.reasons:
+            raise SystemExit(f"copy-engine: {', '.join(copies.reasons)}")
+        if dist.get_rank() == 0:
+            print(f"copy-engine: through {', '.join(copies.ways)}")
+        return copies, copies
     for sender in (0, 1):
         options = dist.ProcessGroupNCCL.Options()
         for part in setting.split(":"):
@@ -42,7 +56,11 @@ def links(setting: str) -> tuple[dist.ProcessGroup, dist.ProcessGroup]:
     return made[0], made[1]
 
 
-def _move(tensor: torch.Tensor, group: dist.ProcessGroup, sender: int) -> Any:
+def _move(tensor: torch.Tensor, group: Link, sender: int) -> Any:
+    if isinstance(group, Copies):
+        return (
+            group.senders[sender].send(tensor) if dist.get_rank() == sender else group.receivers[sender].receive(tensor)
+        )
     if dist.get_rank() == sender:
         return dist.isend(tensor, 1 - sender, group)
     return dist.irecv(tensor, sender, group)
@@ -55,7 +73,7 @@ class Side:
         self.tensor = torch.zeros(megabytes * 2**19, dtype=torch.bfloat16, device="cuda")
         self.stream, self.sender = torch.cuda.Stream(), sender
 
-    def start(self, group: dist.ProcessGroup, begin: torch.cuda.Event) -> Callable[[], float]:
+    def start(self, group: Link, begin: torch.cuda.Event) -> Callable[[], float]:
         """Move it once ``begin`` has happened. Returns what gives the milliseconds, after synchronisation."""
         since, until = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         with torch.cuda.stream(self.stream):
@@ -112,7 +130,7 @@ def beside(load: Load, start: Callable[[torch.cuda.Event], list[Callable[[], flo
     return max([one() for one in moved], default=0.0), begin.elapsed_time(end)
 
 
-def _start(pairs: list[tuple[Side, dist.ProcessGroup]], begin: torch.cuda.Event) -> list[Callable[[], float]]:
+def _start(pairs: list[tuple[Side, Link]], begin: torch.cuda.Event) -> list[Callable[[], float]]:
     return [side.start(group, begin) for side, group in pairs]
 
 
@@ -140,7 +158,7 @@ def measure(setting: str, megabytes: int, computing: dict[str, Load], repeats: i
     return rows
 
 
-def waiting(load: Load, group: dist.ProcessGroup, side: Side) -> float:
+def waiting(load: Load, group: Link, side: Side) -> float:
     """Milliseconds of a computation on GPU 1 that has posted a receive. GPU 0 sends when it is done."""
     torch.cuda.synchronize()
     dist.barrier()

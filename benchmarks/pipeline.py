@@ -5,7 +5,8 @@
 
 Kinds: residual; wide-stock (mHC, n*C values a token in Megatron's own transfers, its waits for sends included); wide (sends that
 nobody waits for); split (`mhc_megatron.pipeline.split`). wide and split with other settings of NCCL for their links
-(`nccl_settings`): ``split:high-priority``, ``wide:ctas=1-4``, ``split:high-priority:ctas=8-32:cga=1``. Any kind with matrix
+(`nccl_settings`): ``split:high-priority``, ``wide:ctas=1-4``, ``split:high-priority:ctas=8-32:cga=1``; by copy engines
+(`mhc_megatron.pipeline.copies`): ``wide:copy-engine``. Any kind with matrix
 products on fewer multiprocessors, which leave some to transfers: ``residual:margin=8`` (Transformer Engine's NVTE_EXT_MARGIN_SM).
 
 Layers of the paper's 27B shape, one dense and the others MoE with forced load balancing, Transformer Engine, bf16, forward and
@@ -46,6 +47,7 @@ import torch.distributed as dist
 
 KINDS = ("residual", "wide-stock", "wide", "split")
 _MARGIN = "margin="
+_COPY_ENGINE = "copy-engine"
 _NOISE: dict[Any, torch.Tensor] = {}
 """What stands for received tensors, by size and dtype; made in the steps before those that are timed."""
 
@@ -58,10 +60,11 @@ class Run:
 
         self.name, self.options = kind, options
         self.kind, self.margin, self.link_settings = _parts(kind)
+        self.copies = _COPY_ENGINE in kind.split(":")
         self.links: Any = weakref.WeakKeyDictionary()
         self.chunks, self.config = build_chunks(
             self.kind, options.stages, vpp, options.layers, options.experts, options.sequence, options.tiny,
-            options.group, options.warmup_flush,
+            options.group, options.warmup_flush, "copy-engine" if self.copies else "nccl",
         )  # fmt: skip
         self.times: dict[bool, list[float]] = {False: [], True: []}
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -153,7 +156,8 @@ def _parts(kind: str) -> tuple[str, str | None, list[str]]:
     """Of a kind's name: what it is, its margin, and its links' settings."""
     base, *settings = kind.split(":")
     margins = [setting.removeprefix(_MARGIN) for setting in settings if setting.startswith(_MARGIN)]
-    return base, margins[-1] if margins else None, [s for s in settings if not s.startswith(_MARGIN)]
+    own = [s for s in settings if not s.startswith(_MARGIN) and s != _COPY_ENGINE]
+    return base, margins[-1] if margins else None, own
 
 
 @contextlib.contextmanager
@@ -198,7 +202,10 @@ def _links(made: Any, settings: list[str]) -> Iterator[None]:
 @contextlib.contextmanager
 def _local_copies() -> Iterator[None]:
     """Every transfer sends one element; what is received besides is copied from here."""
+    from mhc_megatron.pipeline.copies.link import Receiver, Sender
+
     send, receive = dist.ProcessGroup.send, dist.ProcessGroup.recv
+    copy_out, copy_in = Sender.send, Receiver.receive
     noise = _NOISE
 
     def first(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
@@ -207,19 +214,29 @@ def _local_copies() -> Iterator[None]:
     def send_one(self: Any, tensors: list[torch.Tensor], *rest: Any, **named: Any) -> Any:
         return send(self, first(tensors), *rest, **named)
 
+    def fill(tensor: torch.Tensor) -> None:
+        key = (tensor.numel(), tensor.dtype)
+        if key not in noise:
+            noise[key] = torch.randn(tensor.numel(), device=tensor.device).to(tensor.dtype)
+        tensor.detach().view(-1).copy_(noise[key])
+
     def receive_one(self: Any, tensors: list[torch.Tensor], *rest: Any, **named: Any) -> Any:
         for tensor in tensors:
-            key = (tensor.numel(), tensor.dtype)
-            if key not in noise:
-                noise[key] = torch.randn(tensor.numel(), device=tensor.device).to(tensor.dtype)
-            tensor.detach().view(-1).copy_(noise[key])
+            fill(tensor)
         return receive(self, first(tensors), *rest, **named)
 
+    def copy_one(self: Receiver, tensor: torch.Tensor) -> Any:
+        fill(tensor)
+        return copy_in(self, *first([tensor]))
+
     dist.ProcessGroup.send, dist.ProcessGroup.recv = send_one, receive_one
+    Sender.send = lambda self, tensor: copy_out(self, *first([tensor]))
+    Receiver.receive = copy_one
     try:
         yield
     finally:
         dist.ProcessGroup.send, dist.ProcessGroup.recv = send, receive
+        Sender.send, Receiver.receive = copy_out, copy_in
 
 
 def link_speed(elements: int) -> float:
@@ -247,10 +264,12 @@ def _check_kinds(kinds: list[str]) -> str | None:
             return f"{kind}: choose from {', '.join(KINDS)}"
         if margin is not None and not margin.isdigit():
             return f"{kind}: {_MARGIN}{margin} is no number of multiprocessors"
-        if settings and base not in ("wide", "split"):
+        if (settings or _COPY_ENGINE in kind) and base not in ("wide", "split"):
             return f"{kind}: only wide and split have links of their own"
         if wrong := [setting for setting in settings if nccl_settings.wrong(setting)]:
-            return f"{kind}: {wrong[0]} is neither high-priority nor ctas=MIN-MAX nor cga=N nor margin=N"
+            return (
+                f"{kind}: {wrong[0]} is neither copy-engine nor high-priority nor ctas=MIN-MAX nor cga=N nor margin=N"
+            )
     return None
 
 

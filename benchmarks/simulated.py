@@ -5,7 +5,8 @@
 Takes from each result the link's speed and the step with local copies; from that, how long a chunk computes. Simulates
 the step with the transfers and prints the measured and the simulated exposed time, and by how much the simulated step is
 off. --latency: of a transfer, microseconds. --forward: the forward pass's share of a chunk's time (0.38 in
-results/h200_27b.json). --contention: by how much longer computation takes beside a transfer.
+results/h200_27b.json). --contention: by how much longer computation takes beside a transfer. Kinds by copy engines have
+their own speed (COPY_GB_PER_S) and contention.
 """
 
 from __future__ import annotations
@@ -20,11 +21,14 @@ from blocks import SHAPES
 from mhc_megatron.plan.gpus import GPUS
 from mhc_megatron.plan.report import KINDS
 from mhc_megatron.plan.run import Chunk, Run
-from mhc_megatron.plan.schedule import CONTENTION, Schedule, exchange
+from mhc_megatron.plan.schedule import CONTENTION, COPY_CONTENTION, Schedule, exchange
 from mhc_megatron.plan.simulation import Result, simulate
 from mhc_megatron.plan.traffic import chunk_seconds
 
 STREAMS = 4
+COPY_GB_PER_S = {True: 45.0, False: 150.0}
+"""Of copy engines: through host memory as benchmarks/links.py has it beside computation; between GPUs a third of what that
+measures alone, as every piece waits beside matrix products."""
 
 
 def last_sublayer_share(layers: int, sequence: int) -> float:
@@ -51,6 +55,10 @@ def simulated(settings: dict[str, Any], vpp: int, kind: str, local: float, optio
     both = local / (
         settings["microbatches"] * vpp + stages - 1
     )  # a chunk's forward and backward; the rest is the bubble
+    speed, contention = settings["gb_per_s"], options.contention
+    if "copy-engine" in kind.split(":"):
+        through_host = settings["environment"].get("NCCL_P2P_DISABLE", "0") != "0"
+        speed, contention = COPY_GB_PER_S[through_host], COPY_CONTENTION
     crossing: Any = exchange(kind.partition(":")[0], tokens * SHAPES["27b"]["hidden_size"] * 2, STREAMS, tokens)
     return simulate(
         Schedule(
@@ -58,9 +66,9 @@ def simulated(settings: dict[str, Any], vpp: int, kind: str, local: float, optio
             settings["microbatches"],
             forward * both,
             (1 - forward) * both,
-            bandwidth=settings["gb_per_s"] * 1e9,
+            bandwidth=speed * 1e9,
             latency=options.latency / 1e6,
-            contention=options.contention,
+            contention=contention,
             chunks=vpp,
             group=settings.get("group"),
             warmup_flush=settings.get("warmup_flush", False) and vpp > 1,

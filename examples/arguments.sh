@@ -54,7 +54,7 @@ source "$EXAMPLES/models/$SIZE.sh"
 : "${MICROBATCH_GROUP:=$PP}"
 : "${SEQ_LEN:=4096}" "${VOCAB_SIZE:=129280}"
 : "${MODE:=mhc}" "${STREAMS:=4}" "${SINKHORN_ITERATIONS:=20}" "${MHC_INIT:=preserve}" "${MHC_BACKEND:=auto}"
-: "${PIPELINE_COMM:=auto}" "${MONITOR_INTERVAL:=100}"
+: "${PIPELINE_COMM:=auto}" "${PIPELINE_TRANSPORT:=auto}" "${MONITOR_INTERVAL:=100}"
 : "${RECOMPUTE:=none}" "${MHC_RECOMPUTE:=auto}" "${GRADIENT_ACCUMULATION_FUSION:=0}"
 : "${MOCK_DATA:=0}" "${DATA_PATH:=}" "${SPLIT:=99,1,0}" "${TOKENIZER_TYPE:=HuggingFaceTokenizer}" "${TOKENIZER_MODEL:=}"
 : "${CHECKPOINTS:=$PWD/checkpoints/$SIZE-$MODE}" "${SAVE_INTERVAL:=500}" "${DATA_CACHE:=$CHECKPOINTS/data-cache}"
@@ -75,6 +75,7 @@ one_of MODE residual hc mhc
 one_of MHC_INIT preserve paper
 one_of MHC_BACKEND auto triton reference
 one_of PIPELINE_COMM auto wide split wide-stock
+one_of PIPELINE_TRANSPORT auto nccl copy-engine
 one_of RECOMPUTE none selective full
 one_of MHC_RECOMPUTE auto 0 1
 for name in CPU DRY_RUN MOCK_DATA GRADIENT_ACCUMULATION_FUSION; do one_of "$name" 0 1; done
@@ -236,7 +237,7 @@ if [[ $MODE != residual ]]; then
     MHC=(
         --enable-mhc --mhc-mode "$MODE" --mhc-num-streams "$STREAMS" --mhc-sinkhorn-iterations "$SINKHORN_ITERATIONS"
         --mhc-init "$MHC_INIT" --mhc-init-alpha 0.01 --mhc-backend "$MHC_BACKEND"
-        --mhc-pipeline-comm "$PIPELINE_COMM" --mhc-monitor-interval "$MONITOR_INTERVAL"
+        --mhc-pipeline-comm "$PIPELINE_COMM" --mhc-pipeline-transport "$PIPELINE_TRANSPORT" --mhc-monitor-interval "$MONITOR_INTERVAL"
     )
     # Off where it has no effect: without the Triton kernels and under full recompute.
     if [[ $MHC_RECOMPUTE == auto ]]; then

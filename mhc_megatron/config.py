@@ -11,6 +11,7 @@ PROFILES = ("paper", "deepseek-v4")
 INITS = ("preserve", "paper")
 BACKENDS = ("auto", "triton", "reference")
 PIPELINE_COMMS = ("auto", "wide", "split", "wide-stock")
+PIPELINE_TRANSPORTS = ("auto", "nccl", "copy-engine")
 
 # Fields that change what a trained model computes: a checkpoint fits only a model with the same values.
 FUNCTIONAL_FIELDS = ("num_streams", "mode", "profile", "sinkhorn_iterations", "eps")
@@ -73,6 +74,13 @@ class MHCConfig:
         "of microbatches at a step's beginning and end, the others wide); wide-stock: all streams in Megatron's own transfers; "
         "auto: split in 1F1B where neighbouring stages are on different nodes, else wide",
         PIPELINE_COMMS,
+    )
+    pipeline_transport: str = _option(
+        "auto",
+        "what moves pipeline transfers that go over links of their own (wide, split): nccl; copy-engine: the GPUs' copy engines, "
+        "which leave all multiprocessors to computation, between stages of one node, and NCCL between others; "
+        "auto: copy-engine",
+        PIPELINE_TRANSPORTS,
     )
 
     monitor_interval: int = _option(

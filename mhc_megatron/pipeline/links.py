@@ -1,6 +1,7 @@
 """Transfers between neighbouring pipeline stages, each direction for itself.
 
-A link is one direction between two stages; its tensors go in the order in which they are posted. Every link has a process
+A link is one direction between two stages; its tensors go in the order in which they are posted. Where copy engines can serve it
+(`copies`) and are wanted, they do. Every other link has a process
 group (with NCCL: a communicator and a stream) of its own: NCCL runs what two ranks exchange in one group one after the other,
 so that a transfer would wait for those posted before it in the other direction. A group holds one direction's links of all
 stages, as each pair of them has one link there; but where two stages are each other's next one (an interleaved schedule on two
@@ -11,15 +12,20 @@ wait for receives posted before them, in a ring for ever.
 
 from __future__ import annotations
 
+import logging
 import weakref
 from datetime import timedelta
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+from megatron.core.utils import log_single_rank
 from torch import Tensor
 
+from mhc_megatron.pipeline.copies.connect import Copies, connect
 from mhc_megatron.pipeline.sends import Sends
+
+_logger = logging.getLogger(__name__)
 
 FORWARD, BACKWARD = 0, 1
 _MAX_CTAS = 8
@@ -49,13 +55,20 @@ class Links:
         group: the pipeline-parallel group.
         wraps: whether the last stage sends to the first (interleaved schedules).
         ahead: whether receives are posted long before what they receive is sent.
+        copies: whether copy engines serve the links that they can serve.
     """
 
-    _made: weakref.WeakKeyDictionary[dist.ProcessGroup, dict[tuple[bool, bool], Links]] = weakref.WeakKeyDictionary()
+    _made: weakref.WeakKeyDictionary[dist.ProcessGroup, dict[tuple[bool, bool, bool], Links]] = (
+        weakref.WeakKeyDictionary()
+    )
 
-    def __init__(self, group: dist.ProcessGroup, wraps: bool, ahead: bool):
+    def __init__(self, group: dist.ProcessGroup, wraps: bool, ahead: bool, copies: bool):
         self._ranks = dist.get_process_group_ranks(group)
         self._stage, self._stages = group.rank(), group.size()
+        self.copies = Copies({}, {}, {}, {})
+        if copies and _uses_nccl(group):
+            self.copies = connect(self._neighbours(wraps), _timeout(group))
+            log_single_rank(_logger, logging.WARNING, f"mHC: pipeline: {self.copies.describe()}")
         # [direction][number that group_of gives the sending stage]
         apart = {group_of(sender, self._stages, wraps, _eager()) for sender in range(self._stages)}
         self._wraps = wraps
@@ -64,15 +77,19 @@ class Links:
         self._connect(wraps)
 
     @classmethod
-    def of(cls, group: dist.ProcessGroup, wraps: bool, ahead: bool) -> Links:
+    def of(cls, group: dist.ProcessGroup, wraps: bool, ahead: bool, copies: bool) -> Links:
         """This rank's links of a pipeline group."""
         made = cls._made.setdefault(group, {})
-        if (wraps, ahead) not in made:
-            made[wraps, ahead] = cls(group, wraps, ahead)
-        return made[wraps, ahead]
+        key = (wraps, ahead, copies)
+        if key not in made:
+            made[key] = cls(group, *key)
+        return made[key]
 
     def send(self, direction: int, tensor: Tensor) -> None:
         """Send to the next stage (FORWARD) or the previous one, as soon as what is launched now is done. Nobody waits."""
+        if (sender := self.copies.senders.get(direction)) is not None:
+            self.sends[direction].keep(sender.send(tensor), tensor)
+            return
         group, to = self._link(direction, self._stage)
         self.sends[direction].keep(dist.isend(tensor, self._ranks[to], group), tensor)
 
@@ -83,6 +100,8 @@ class Links:
 
     def receive(self, direction: int, tensor: Tensor) -> Arrival:
         """Receive from the previous stage (FORWARD) or the next one."""
+        if (receiver := self.copies.receivers.get(direction)) is not None:
+            return Arrival(tensor, receiver.receive(tensor))
         sender = (self._stage + (1 if direction == BACKWARD else -1)) % self._stages
         group, _ = self._link(direction, sender)
         return Arrival(tensor, dist.irecv(tensor, self._ranks[sender], group))
@@ -97,6 +116,15 @@ class Links:
         number = group_of(sender, self._stages, self._wraps, _eager())
         return self._groups[direction][number], (sender + (-1 if direction == BACKWARD else 1)) % self._stages
 
+    def _neighbours(self, wraps: bool) -> dict[int, tuple[int | None, int | None]]:
+        """For each direction the rank that is sent to, and the one that is received from."""
+        found: dict[int, tuple[int | None, int | None]] = {}
+        for direction, step in ((FORWARD, 1), (BACKWARD, -1)):
+            stages = (self._stage + step, self._stage - step)
+            to, source = (self._ranks[k % self._stages] if wraps or 0 <= k < self._stages else None for k in stages)
+            found[direction] = (to, source)
+        return found
+
     def _connect(self, wraps: bool) -> None:
         """Use every link once, in an order in which no two stages wait for each other: NCCL connects two ranks at their first
         transfer, and blocks both until then."""
@@ -105,9 +133,9 @@ class Links:
                 if sender == (0 if direction == BACKWARD else self._stages - 1) and not wraps:
                     continue  # the link that closes the ring
                 _, receiver = self._link(direction, sender)
-                if self._stage == sender:
+                if self._stage == sender and direction not in self.copies.senders:
                     self.send(direction, torch.zeros(1, device=torch.cuda.current_device()))
-                elif self._stage == receiver:
+                elif self._stage == receiver and direction not in self.copies.receivers:
                     self.receive(direction, self.buffer((1,), torch.float32)).wait()
 
 
@@ -126,11 +154,25 @@ def _eager() -> bool:
     return getattr(dist.group.WORLD, "bound_device_id", None) is not None
 
 
+def _options(group: dist.ProcessGroup) -> Any:
+    return getattr(group._get_backend(torch.device(torch.cuda.current_device())), "options", None)
+
+
+def _uses_nccl(group: dist.ProcessGroup) -> bool:
+    nccl = getattr(dist, "ProcessGroupNCCL", None)  # absent in a CPU build
+    return nccl is not None and isinstance(_options(group), nccl.Options)
+
+
+def _timeout(group: dist.ProcessGroup) -> timedelta:
+    timeout: timedelta | None = getattr(_options(group), "_timeout", None)
+    return timedelta(minutes=10) if timeout is None else timeout
+
+
 def _like(group: dist.ProcessGroup, ahead: bool) -> dist.ProcessGroup:
     """Another group of the same ranks. All ranks of the job make theirs, each one those of all: PyTorch numbers groups."""
     rows: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(rows, dist.get_process_group_ranks(group))
-    theirs = getattr(group._get_backend(torch.device(torch.cuda.current_device())), "options", None)
+    theirs = _options(group)
     made = {row: dist.new_group(row, **_settings(theirs, ahead)) for row in dict.fromkeys(map(tuple, rows))}
     return made[tuple(dist.get_process_group_ranks(group))]
 

@@ -15,7 +15,7 @@ from mhc_megatron.plan.memory import WORKSPACES, block_length, stage_memory, var
 from mhc_megatron.plan.parameters import active_count, model_count
 from mhc_megatron.plan.peak import run_order
 from mhc_megatron.plan.run import Run
-from mhc_megatron.plan.schedule import CONTENTION, Schedule, exchange
+from mhc_megatron.plan.schedule import CONTENTION, COPY_CONTENTION, Schedule, exchange
 from mhc_megatron.plan.simulation import step_times
 from mhc_megatron.plan.traffic import added_seconds, boundary_bytes, chunk_seconds, kernel_traffic
 
@@ -132,7 +132,7 @@ def simulated(
                 # Streams hide behind the smallest last sublayer's share.
                 forward_share=min(chunk.forward_share for stage in times for chunk in stage),
                 backward_share=min(chunk.backward_share for stage in times for chunk in stage),
-                contention=CONTENTION,
+                contention=COPY_CONTENTION if run.copies and kind in ("wide", "split") else CONTENTION,
                 **crossing,  # type: ignore[arg-type]
             )
             step, free = step_times(schedule)

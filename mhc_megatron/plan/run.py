@@ -117,6 +117,13 @@ class Run:
         return communication(self.mhc or MHCConfig(), self.config, self.leaves_node)
 
     @property
+    def copies(self) -> bool:
+        """Whether copy engines move what goes over links of their own. Under TP and CP Megatron has the GPU's work in one queue
+        (CUDA_DEVICE_MAX_CONNECTIONS=1), and they can't."""
+        one_queue = self.tensor > 1 or self.config.context_parallel_size > 1
+        return (self.mhc or MHCConfig()).pipeline_transport != "nccl" and not self.leaves_node and not one_queue
+
+    @property
     def leaves_node(self) -> bool:
         """Whether transfers of some pipeline do. Ranks of a pipeline lie side by side, or all over the job."""
         side_by_side = self.tensor * self.config.context_parallel_size * self.stages

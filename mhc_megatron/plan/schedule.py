@@ -11,6 +11,9 @@ CONTENTION = 0.09
 """`Schedule.contention` where NCCL's kernels move the data. It fits what `benchmarks/pipeline.py` measured on two H100s over
 shared memory (`benchmarks/simulated.py`); matrix products take most of it (`benchmarks/README.md`)."""
 
+COPY_CONTENTION = 0.02
+"""The same where copy engines do (`mhc_megatron.pipeline.copies`): they take memory bandwidth alone."""
+
 Times = float | Sequence[Sequence[float]]
 
 

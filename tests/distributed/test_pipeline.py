@@ -73,23 +73,26 @@ TOLERANCE = 1e-4 if torch.cuda.is_available() else 1e-5
 
 
 def chunks_of(
-    settings: dict[str, Any], comm: str, model: dict[str, Any] = models.MOE
+    settings: dict[str, Any], comm: str, model: dict[str, Any] = models.MOE, transport: str = "auto"
 ) -> tuple[list[torch.nn.Module], Any]:
     """This rank's chunks with the same parameters for every ``comm``, in Megatron's DDP."""
     config = models.make_config(**{**model, "pipeline_dtype": torch.float32, **settings})
     te = config.sequence_parallel and torch.cuda.is_available()  # Megatron's own RMSNorm refuses it on a GPU
     vpp = config.virtual_pipeline_model_parallel_size
     torch.manual_seed(1 + parallel_state.get_pipeline_model_parallel_rank())
-    mhc = MHCConfig(init="paper", init_alpha=0.3, pipeline_comm=comm)
+    mhc = MHCConfig(init="paper", init_alpha=0.3, pipeline_comm=comm, pipeline_transport=transport)
     chunks = [models.build(config, mhc, stage, te) for stage in (range(vpp) if vpp else [None])]
     return [models.wrap(chunk.cuda(), config) for chunk in chunks], config
 
 
-def many_steps(settings: dict[str, Any], folder: Path) -> None:
+def many_steps(settings: dict[str, Any], folder: Path, transport: str = "nccl") -> None:
     """Steps of random numbers of microbatches, trained and evaluated, by wide and by split transfers: the same losses and
-    gradients."""
+    gradients. transport: of the latter; wide is NCCL's, and that of another transport as well."""
     settings = {**settings, "deallocate_pipeline_outputs": True}
-    (wide, wide_config), (split, split_config) = (chunks_of(settings, comm) for comm in ("wide", "split"))
+    (wide, wide_config), (split, split_config) = (
+        chunks_of(settings, comm, transport=by) for comm, by in (("wide", "nccl"), ("split", transport))
+    )
+    copied = chunks_of(settings, "wide", transport=transport) if transport != "nccl" else None
     stages = parallel_state.get_pipeline_model_parallel_world_size()
     group = wide_config.microbatch_group_size_per_vp_stage if len(wide) > 1 else 1
     counts = [m for m in range(group, max(8, 4 * group)) if not 0 < m % group < stages]
@@ -104,14 +107,21 @@ def many_steps(settings: dict[str, Any], folder: Path) -> None:
         if parallel_state.is_pipeline_last_stage(ignore_virtual=True):
             assert len(losses) == len(microbatches) // replicas
         torch.testing.assert_close(losses, expected, rtol=TOLERANCE, atol=0)
+        if copied is not None:
+            losses = models.step(*copied, microbatches, forward_only)
+            torch.testing.assert_close(losses, expected, rtol=TOLERANCE, atol=0)
         if forward_only:
             continue
         for ours, theirs in zip(split, wide, strict=True):
             compare_gradients(ours, theirs)
+        if copied is not None:
+            for ours, theirs in zip(copied[0], wide, strict=True):
+                compare_gradients(ours, theirs)
     assert not pipeline_state(wide_config).split
     assert pipeline_state(split_config).running is None, "would be taken for the next schedule"
     channel = pipeline_state(split_config).channel
     assert channel is not None
+    assert bool(channel.links.copies.senders) == (transport != "nccl")
     for sends in channel.links.sends:
         sends.release()
         assert len(sends) <= 1
@@ -183,8 +193,8 @@ def test_streams_leave_before_the_last_sublayer_runs(tmp_path: Path, hooks: None
     assert receiver == [*received, "send y", "receive y", "send streams", "F", "F backward", "send y", "send streams"]
 
 
-def lose_a_peer(settings: dict[str, Any], how: str, folder: Path, comm: str = "split") -> None:
-    chunks, config = chunks_of(settings, comm)
+def lose_a_peer(settings: dict[str, Any], how: str, folder: Path, comm: str = "split", transport: str = "nccl") -> None:
+    chunks, config = chunks_of(settings, comm, transport=transport)
     models.step(chunks, config, range(4))
     if dist.get_rank() == 1:
         send = Links.send
@@ -291,12 +301,18 @@ def test_auto_across_nodes(layout: str, hooks: None, tmp_path: Path) -> None:
 
 
 def sends_without_waiting(
-    settings: dict[str, Any], comm: str, steps: int, folder: Path, sequence: int = models.SEQUENCE
+    settings: dict[str, Any],
+    comm: str,
+    steps: int,
+    folder: Path,
+    sequence: int = models.SEQUENCE,
+    transport: str = "nccl",
 ) -> None:
-    """Whatever Megatron frees after a send is overwritten at once: the same bits as when nothing is freed."""
+    """Whatever Megatron frees after a send is overwritten at once: the same bits as when nothing is freed and NCCL moves it."""
     models.SEQUENCE = sequence
     (kept, kept_config), (freed, freed_config) = (
-        chunks_of({**settings, "deallocate_pipeline_outputs": free}, comm, models.DENSE) for free in (False, True)
+        chunks_of({**settings, "deallocate_pipeline_outputs": free}, comm, models.DENSE, by)
+        for free, by in ((False, "nccl"), (True, transport))
     )
     original = schedules.deallocate_output_tensor
 

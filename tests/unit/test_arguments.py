@@ -60,6 +60,7 @@ def test_every_field_has_a_flag(validate: Any) -> None:
         "recompute": True,
         "recompute_sublayers": 3,
         "pipeline_comm": "split",
+        "pipeline_transport": "nccl",
         "backend": "triton",
         "monitor_interval": 7,
         "monitor_tokens": 64,

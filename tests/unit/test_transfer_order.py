@@ -186,8 +186,9 @@ def record(shape: Shape, rank: int, monkeypatch: pytest.MonkeyPatch) -> list[Eve
     events: list[Event] = []
     recorder = Recorder(events, rank, shape.stages)
 
-    def of(group: Any, wraps: bool, ahead: bool) -> Recorder:
+    def of(group: Any, wraps: bool, ahead: bool, copies: bool) -> Recorder:
         assert ahead == (shape.comm == "split")
+        assert copies
         return recorder
 
     monkeypatch.setattr(Links, "of", of)

@@ -65,7 +65,7 @@ def _kept(s: Sizes, aggregates: bool, normalises: bool) -> dict[str, Part]:
     return divide(
         "kept",
         saved=((s.t, s.padded_rows), torch.float32),
-        w_back=((s.padded_rows, columns), s.product_dtype),
+        w_back=((s.padded_rows, columns), s.back_dtype),
         **({"rho": ((cdiv(s.t, 4) * 4,), torch.float32)} if normalises else {}),
         **({"pre": ((s.t, s.n), torch.float32)} if aggregates else {}),
     )

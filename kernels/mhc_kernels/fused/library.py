@@ -76,7 +76,8 @@ class Sizes:
     - t: tokens; device: the GPU's index, -1 for the CPU; bf16: the streams' dtype; wide: n > 4.
     - rows: R = n*n + 2n projected values; padded_rows: RP, a power of two > R (one more column holds the sum of squares);
       padded_streams: P, a power of two >= n; padded_totals, padded_pre: RT, NT, for rows + 3 and n + 1 sums.
-    - dot32: products with phi in float32, else bf16; product_dtype: of what goes into them.
+    - dot32: products with phi in float32, else bf16; product_dtype: of what goes into them; back_dtype: of phi as it is kept
+      for the backward, which splits it itself if wide.
     - packed: (n, P, C) of phi as `pack_kernel` takes it; whole rows if wide. widths: its columns in the forward's product, or
       two of them (width: both), hi | lo if bf16; low: where lo starts.
     - sums_width: columns of the projection's partial sums; sums_low: where lo's start, if they are not added to hi's.
@@ -97,6 +98,7 @@ class Sizes:
         self.dot32 = not self.bf16 or INTERPRET
         self.product_dtype = torch.bfloat16 if self.bf16 else torch.float32
         self.wide = n > 4
+        self.back_dtype = torch.float32 if self.wide else self.product_dtype
         self.widths = (2 * self.padded_rows if self.bf16 else self.padded_rows, 0)
         self.low, self.sums_width, self.sums_low = self.padded_rows, self.padded_rows, 0
         if self.wide and self.bf16:
@@ -107,7 +109,7 @@ class Sizes:
         self.width = sum(self.widths)
         self.packed = (1, 1, n * c) if self.wide else (n, self.padded_streams, c)
         kept_phi = self.padded_rows * self.packed[1] * self.packed[2]
-        self.kept = t * self.padded_rows + kept_phi * self.product_dtype.itemsize // 4
+        self.kept = t * self.padded_rows + kept_phi * self.back_dtype.itemsize // 4
         self.partial_rows = self.rows if self.wide else self.padded_rows
         self.da_low = (2 * self.padded_streams if self.wide else self.padded_rows) if self.bf16 else 0
         self.da_width = self.da_low + (

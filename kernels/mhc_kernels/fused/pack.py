@@ -36,7 +36,7 @@ def pack(
 ):  # fmt: skip
     """phi [R, N*C] -> forward [C*P, NW], backward [RP, C*P].
 
-    If BF16: forward is hi, and lo from column LOW; backward hi. Else both are float32 (NW = RP).
+    If BF16: forward is hi, and lo from column LOW; backward hi, or whole if it is float32. Else both are float32 (NW = RP).
     """
     k = program * (BC * P) + tl.arange(0, BC * P)
     c = k // P
@@ -62,7 +62,11 @@ def pack(
             inside_low = inside
         tl.store(w, hi, mask=inside_low)
         tl.store(w + LOW, lo, mask=inside_low)
-        tl.store(backward_ptr + r[:, None] * (C * P) + b[None, :], hi, mask=inside)
+        if backward_ptr.dtype.element_ty == tl.float32:
+            back = phi
+        else:
+            back = hi
+        tl.store(backward_ptr + r[:, None] * (C * P) + b[None, :], back, mask=inside)
     else:
         tl.store(forward_ptr + k[None, :] * NW + r[:, None], phi, mask=inside)
         tl.store(backward_ptr + r[:, None] * (C * P) + b[None, :], phi, mask=inside)

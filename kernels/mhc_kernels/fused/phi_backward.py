@@ -68,6 +68,13 @@ def _outer(da, x, acc, DOT32: tl.constexpr):
     return acc
 
 
+@triton.jit
+def _split(w):
+    """float32 as two bf16 terms: hi, lo."""
+    hi = w.to(tl.bfloat16)
+    return hi, (w - hi.to(tl.float32)).to(tl.bfloat16)
+
+
 @triton.jit(do_not_specialize=["T"])
 def phi_streams_backward_kernel(
     da_ptr, x_ptr, partials_ptr, factor_ptr, w_ptr, g_ptr, back_ptr, T,
@@ -76,9 +83,10 @@ def phi_streams_backward_kernel(
 ):  # fmt: skip
     """As `phi_backward_kernel`, for many streams: also back [T, K], ``g + da phi + factor x``, while x is here.
 
-    g [T, K] (0 unless G), factor [T, 3, 4] and w [rows, K] as in `stream_backward_kernel`; partials [parts, N*N + 2N, K].
-    da [T, NW] in two pieces: H_res (P*P columns), H_pre and H_post (2P; bf16: hi | lo). H_res has no lo: its product is the
-    large one, and costs more than the rest of the kernel's arithmetic, where its rows' rounding is small beside x's.
+    g [T, K] (0 unless G), factor [T, 3, 4] as in `stream_backward_kernel`; w [rows, K] is phi; partials [parts, N*N + 2N, K].
+    da [T, NW] in two pieces: H_res (P*P columns), H_pre and H_post (2P; bf16: hi | lo). H_res has no lo, which every program
+    would have to read: its rows' rounding is small beside x's. phi has one (bf16): where x is 0, back is almost only its
+    product, and is rounded again twice on its way to dx.
     """
     columns = tl.program_id(0) * BK + tl.arange(0, BK)
     inside = (columns < K)[None, :]
@@ -91,6 +99,9 @@ def phi_streams_backward_kernel(
     ALL: tl.constexpr = N == P
     w1 = tiles.load_rows(w_ptr + 2 * N * K, r1, K, columns, inside & (r1 < N * N)[:, None], EVEN and ALL)
     w2 = tiles.load_rows(w_ptr, r2, K, columns, inside & (r2 < 2 * N)[:, None], EVEN and ALL)
+    if TERMS > 1:
+        w1, low1 = _split(w1)
+        w2, low2 = _split(w2)
     acc1 = tl.zeros((RES, BK), tl.float32)
     acc2 = tl.zeros((2 * P * TERMS, BK), tl.float32)
     for t in tl.range(tl.program_id(1) * BM, T, tl.num_programs(1) * BM, num_stages=STAGES):
@@ -103,6 +114,8 @@ def phi_streams_backward_kernel(
         acc1 = _outer(da1, x, acc1, DOT32)
         acc2 = _outer(da2, x, acc2, DOT32)
         back = times_phi(da2, w2, times_phi(da1, w1, None, DOT32), DOT32)
+        if TERMS > 1:
+            back = times_phi(da2, low2, times_phi(da1, low1, back, DOT32), DOT32)
         back += factor_of(factor_ptr + tl.minimum(at, T - 1) * 12) * x.to(tl.float32)
         if G:
             back += tl.load(g_ptr + at * K + columns[None, :], mask=exists & inside, other=0.0).to(tl.float32)

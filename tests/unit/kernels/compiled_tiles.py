@@ -50,7 +50,8 @@ def _tile(name: str, views: dict[str, str]) -> str:
 def compiled(step: Step) -> Any:
     """The kernel of a launch in bf16."""
     names, arrays, scalars = step.kernel.arg_names, len(step.arrays), len(step.scalars)
-    kinds = ["*i64" if a == "seed" else "*bf16" if a in STREAMS | PRODUCTS else "*fp32" for a in step.arrays]
+    bf16 = STREAMS | (PRODUCTS - {"w_back"} if step.kernel.fn.__name__ == "phi_streams_backward_kernel" else PRODUCTS)
+    kinds = ["*i64" if a == "seed" else "*bf16" if a in bf16 else "*fp32" for a in step.arrays]
     kinds += ["fp32" if isinstance(scalar, float) else "i32" for scalar in step.scalars]
     signature: dict[str, str] = dict(zip(names, kinds + ["constexpr"] * len(step.meta), strict=True))
     constants = {(arrays + scalars + k,): value for k, value in enumerate(step.meta)}

@@ -116,8 +116,12 @@ def test_boundary_at_size(t: int, c: int, dtype: torch.dtype, n: int) -> None:
 
 @pytest.mark.parametrize("n", range(1, 9))
 @pytest.mark.parametrize("kind", ["large logits", "low logits", "zero rows", "zero parameters"])
-def test_boundary_on_adversarial_arguments(kind: str, n: int) -> None:
-    case = Case(21, n, 48, seed=n)
+@pytest.mark.parametrize(
+    ("t", "c", "dtype"),
+    [(21, 48, torch.float32), pytest.param(512, 1280, torch.bfloat16, marks=pytest.mark.gpu)],
+)
+def test_boundary_on_adversarial_arguments(t: int, c: int, dtype: torch.dtype, kind: str, n: int) -> None:
+    case = Case(t, n, c, dtype, seed=n)
     a = case.arguments
     if kind == "large logits":
         # Every other one: where all gates are shut, their gradients are what rounding leaves of 1 - H.
