@@ -43,7 +43,8 @@ def exchange() -> tuple[str, str, bool]:
                 if process.is_alive():
                     process.kill()
         rates = [float((Path(folder) / f"rate{rank}").read_text()) for rank in range(world)]
-    return name, f"sum and ring exchange right; slowest neighbour {min(rates):.3g} GB/s one way", True
+        copies = (Path(folder) / "copies").read_text() if backend == "nccl" else ""
+    return name, f"sum and ring exchange right; slowest neighbour {min(rates):.3g} GB/s one way{copies}", True
 
 
 def _rank(rank: int, world: int, backend: str, folder: str) -> None:
@@ -85,4 +86,26 @@ def _rank(rank: int, world: int, backend: str, folder: str) -> None:
     if not bool((theirs == left + 1).all()):
         raise RuntimeError(f"rank {rank}: what rank {left} sent arrived wrong")
     (Path(folder) / f"rate{rank}").write_text(str(ours.nbytes / seconds / 1e9))
+    if backend == "nccl":
+        _copy(rank, left, right, ours, theirs, Path(folder))
     dist.destroy_process_group()
+
+
+def _copy(rank: int, left: int, right: int, ours: Any, theirs: Any, folder: Path) -> None:
+    """The ring once more by copy engines, as far as those serve its links."""
+    import torch
+
+    from mhc_megatron.pipeline.copies.connect import connect
+
+    copies = connect({0: (right, left)}, timedelta(seconds=_TIMEOUT))
+    theirs.zero_()
+    for end in copies.receivers.values():
+        end.receive(theirs).wait()
+    sent = [end.send(ours) for end in copies.senders.values()]
+    if copies.receivers and not bool((theirs == left + 1).all()):
+        raise RuntimeError(f"rank {rank}: what rank {left} sent by copy engine arrived wrong")
+    for handle in sent:
+        handle.wait()
+    torch.cuda.synchronize()
+    if rank == 0:
+        (folder / "copies").write_text(f"; pipelines: {copies.describe()}")
