@@ -39,7 +39,7 @@ def links(setting: str) -> tuple[Link, Link]:
     if setting == "copy-engine":
         other = 1 - dist.get_rank()
         ends = [(other, None), (None, other)] if other else [(None, other), (other, None)]
-        copies = connect(dict(enumerate(ends)), timedelta(minutes=1))
+        copies = connect(dict(enumerate(ends)), lambda: timedelta(minutes=1))
         if copies.reasons:
             raise SystemExit(f"copy-engine: {', '.join(copies.reasons)}")
         if dist.get_rank() == 0:

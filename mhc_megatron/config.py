@@ -78,7 +78,7 @@ class MHCConfig:
     pipeline_transport: str = _option(
         "auto",
         "what moves pipeline transfers that go over links of their own (wide, split): nccl; copy-engine: the GPUs' copy engines, "
-        "which leave all multiprocessors to computation, between stages of one node, and NCCL between others; "
+        "which leave multiprocessors to computation, between stages of one node, and NCCL between others; "
         "auto: copy-engine",
         PIPELINE_TRANSPORTS,
     )

@@ -97,15 +97,15 @@ def _copy(rank: int, left: int, right: int, ours: Any, theirs: Any, folder: Path
 
     from mhc_megatron.pipeline.copies.connect import connect
 
-    copies = connect({0: (right, left)}, timedelta(seconds=_TIMEOUT))
+    copies = connect({0: (right, left)}, lambda: timedelta(seconds=_TIMEOUT))
     theirs.zero_()
-    for end in copies.receivers.values():
-        end.receive(theirs).wait()
-    sent = [end.send(ours) for end in copies.senders.values()]
+    # All are posted before any is waited for: what is sent waits for what this stream waits for.
+    under_way = [end.receive(theirs) for end in copies.receivers.values()]
+    under_way += [end.send(ours) for end in copies.senders.values()]
+    for handle in under_way:
+        handle.wait()
     if copies.receivers and not bool((theirs == left + 1).all()):
         raise RuntimeError(f"rank {rank}: what rank {left} sent by copy engine arrived wrong")
-    for handle in sent:
-        handle.wait()
     torch.cuda.synchronize()
     if rank == 0:
         (folder / "copies").write_text(f"; pipelines: {copies.describe()}")

@@ -38,7 +38,7 @@ class StreamsCommunicator(P2PCommunicator):
         if state is None or not state.links:
             return
         wraps = config.virtual_pipeline_model_parallel_size is not None
-        self._links = Links.of(pp_group, wraps, state.split, state.copies)
+        self._links = Links.of(pp_group, wraps, state.split, state.transport)
         if state.split:
             state.channel = SideChannel(self._links, self._plan(state))
 

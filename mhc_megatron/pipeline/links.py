@@ -55,20 +55,23 @@ class Links:
         group: the pipeline-parallel group.
         wraps: whether the last stage sends to the first (interleaved schedules).
         ahead: whether receives are posted long before what they receive is sent.
-        copies: whether copy engines serve the links that they can serve.
+        transport: ``nccl``, or ``copy-engine`` or ``auto``: copy engines serve the links that they can serve.
     """
 
-    _made: weakref.WeakKeyDictionary[dist.ProcessGroup, dict[tuple[bool, bool, bool], Links]] = (
+    _made: weakref.WeakKeyDictionary[dist.ProcessGroup, dict[tuple[bool, bool, str], Links]] = (
         weakref.WeakKeyDictionary()
     )
 
-    def __init__(self, group: dist.ProcessGroup, wraps: bool, ahead: bool, copies: bool):
+    def __init__(self, group: dist.ProcessGroup, wraps: bool, ahead: bool, transport: str):
         self._ranks = dist.get_process_group_ranks(group)
         self._stage, self._stages = group.rank(), group.size()
         self.copies = Copies({}, {}, {}, {})
-        if copies and _uses_nccl(group):
-            self.copies = connect(self._neighbours(wraps), _timeout(group))
-            log_single_rank(_logger, logging.WARNING, f"mHC: pipeline: {self.copies.describe()}")
+        if transport != "nccl" and _uses_nccl(group):
+            whole = weakref.ref(group)
+            self.copies = connect(self._neighbours(wraps), lambda: _timeout(whole()))
+            _report(self.copies.describe(asked=transport == "copy-engine"))
+        elif transport == "copy-engine":
+            _report("--mhc-pipeline-transport copy-engine has no effect: the pipeline group's backend is not NCCL")
         # [direction][number that group_of gives the sending stage]
         apart = {group_of(sender, self._stages, wraps, _eager()) for sender in range(self._stages)}
         self._wraps = wraps
@@ -77,10 +80,10 @@ class Links:
         self._connect(wraps)
 
     @classmethod
-    def of(cls, group: dist.ProcessGroup, wraps: bool, ahead: bool, copies: bool) -> Links:
+    def of(cls, group: dist.ProcessGroup, wraps: bool, ahead: bool, transport: str) -> Links:
         """This rank's links of a pipeline group."""
         made = cls._made.setdefault(group, {})
-        key = (wraps, ahead, copies)
+        key = (wraps, ahead, transport)
         if key not in made:
             made[key] = cls(group, *key)
         return made[key]
@@ -154,6 +157,10 @@ def _eager() -> bool:
     return getattr(dist.group.WORLD, "bound_device_id", None) is not None
 
 
+def _report(choice: str) -> None:
+    log_single_rank(_logger, logging.WARNING, f"mHC: pipeline: {choice}")  # the level that Megatron shows by default
+
+
 def _options(group: dist.ProcessGroup) -> Any:
     return getattr(group._get_backend(torch.device(torch.cuda.current_device())), "options", None)
 
@@ -163,8 +170,8 @@ def _uses_nccl(group: dist.ProcessGroup) -> bool:
     return nccl is not None and isinstance(_options(group), nccl.Options)
 
 
-def _timeout(group: dist.ProcessGroup) -> timedelta:
-    timeout: timedelta | None = getattr(_options(group), "_timeout", None)
+def _timeout(group: dist.ProcessGroup | None) -> timedelta:
+    timeout: timedelta | None = None if group is None else getattr(_options(group), "_timeout", None)
     return timedelta(minutes=10) if timeout is None else timeout
 
 

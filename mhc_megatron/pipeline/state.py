@@ -31,13 +31,13 @@ class PipelineState:
     """Kept on Megatron's TransformerConfig, which the chunks and the schedule have in common.
 
     num_streams: n. split: whether streams travel apart from the last sublayer's output. links: whether transfers go over links
-    of their own (`pipeline.links`) instead of Megatron's; copies: by copy engines, where those can. channel: what split streams
-    travel on; the schedule's communicator sets it. running: the schedule that is, if that is known. announces: whether chunks
-    tell when their backward comes to their first layer (those of one layer don't).
+    of their own (`pipeline.links`) instead of Megatron's; transport: what moves those. channel: what split streams travel on;
+    the schedule's communicator sets it. running: the schedule that is, if that is known. announces: whether chunks tell when
+    their backward comes to their first layer (those of one layer don't).
     """
 
-    def __init__(self, num_streams: int, split: bool, links: bool = True, copies: bool = False):
-        self.num_streams, self.split, self.links, self.copies = num_streams, split, links, copies
+    def __init__(self, num_streams: int, split: bool, links: bool = True, transport: str = "nccl"):
+        self.num_streams, self.split, self.links, self.transport = num_streams, split, links, transport
         self.channel: SideChannel | None = None
         self.running: Running | None = None
         self.announces = False
@@ -56,8 +56,10 @@ def share_pipeline(config: Any, mhc_config: MHCConfig) -> PipelineState:
     if state is None:
         several = config.pipeline_model_parallel_size > 1
         links = several and communication(mhc_config, config) != "wide-stock"
-        copies = mhc_config.pipeline_transport != "nccl"
-        state = PipelineState(mhc_config.num_streams, splits(mhc_config, config), links, copies)
+        transport = mhc_config.pipeline_transport
+        state = PipelineState(mhc_config.num_streams, splits(mhc_config, config), links, transport)
+        if several and not links and transport == "copy-engine":
+            _report("--mhc-pipeline-transport copy-engine has no effect: the transfers are Megatron's own")
         setattr(config, _ATTRIBUTE, state)
     elif state.num_streams != mhc_config.num_streams:
         raise ValueError(

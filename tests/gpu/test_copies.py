@@ -30,7 +30,7 @@ def several_queues(monkeypatch: pytest.MonkeyPatch) -> None:
 def _connect(minutes: float = 5) -> connect.Copies:
     rank = dist.get_rank()
     ends = [(1, None), (None, 1)] if rank == 0 else [(None, 0), (0, None)]
-    return connect.connect(dict(enumerate(ends)), timedelta(minutes=minutes))
+    return connect.connect(dict(enumerate(ends)), lambda: timedelta(minutes=minutes))
 
 
 def exchange(way: str) -> None:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import random
+import signal
+import subprocess
+import sys
 from datetime import timedelta
 from types import SimpleNamespace
 from typing import Any
@@ -22,11 +25,13 @@ SMALL = Shape(3, 512, 4, 256)
 @pytest.mark.parametrize("size", [0, 1, 255, 257, 2**20, 2**20 + 1, 16 * 2**20 + 3, 335544320, 84148224])
 def test_pieces_are_the_tensor(shape: Shape, size: int) -> None:
     end = 0
-    for offset, length in shape.cut(size):
+    pieces = list(shape.cut(size))
+    for offset, length in pieces:
         assert offset == end
         assert 0 < length <= shape.slot
         end += length
     assert end == size
+    assert len(pieces) < 2 or pieces[0][1] >= min(shape.smallest, shape.slot)
 
 
 def test_pieces_overlap() -> None:
@@ -59,18 +64,24 @@ class Machine:
             assert able, "both wait"
             kind, *arguments = self.streams[draw.choice(able)].pop(0)
             if kind == "write":
-                self.memory[arguments[0]] = arguments[1]
+                self.memory[arguments[0]] = arguments[1] % 2**32
             elif kind == "copy":
                 target, source, size = arguments
                 self.memory[target] = (self.memory.get(source, source), size)
 
     def _waits(self, operation: tuple[Any, ...]) -> bool:
-        return operation[0] == "wait" and self.memory[operation[1]] < operation[2]
+        """CU_STREAM_WAIT_VALUE_GEQ."""
+        return operation[0] == "wait" and (self.memory[operation[1]] - operation[2]) % 2**32 >= 2**31
 
 
+@pytest.mark.parametrize("first", [0, 2**32 - 40])
 @pytest.mark.parametrize("seed", range(20))
-def test_nothing_is_overwritten_and_nobody_waits_for_ever(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_overwritten_and_nobody_waits_for_ever(
+    seed: int, first: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """first: of the pieces, which are counted modulo 2^32."""
     draw, machine = random.Random(seed), Machine()
+    machine.memory |= {"full": first, "free": first}
     monkeypatch.setattr(link_module, "driver", machine)
     monkeypatch.setattr(link_module._End, "_start", lambda self, _: self._stream)
     monkeypatch.setattr(link_module._End, "_end", lambda *_: None)
@@ -81,6 +92,8 @@ def test_nothing_is_overwritten_and_nobody_waits_for_ever(seed: int, monkeypatch
         link_module.Sender(shared, "send", None, ""),  # type: ignore[arg-type]
         link_module.Receiver(shared, "receive", None, ""),  # type: ignore[arg-type]
     ]
+    for end in ends:
+        end._count = first
     sizes = [draw.choice([1, 100, 700, 3000]) for _ in range(30)]
     source, target = 10**6, 10**9
     expected = {}
@@ -105,26 +118,39 @@ class Event:
 
 
 def test_watchdog(monkeypatch: pytest.MonkeyPatch) -> None:
-    watchdog = Watchdog(timedelta(seconds=10))
+    minutes = [1.0]
+    watchdog = Watchdog(lambda: timedelta(minutes=minutes[0]))
     watchdog._thread = object()  # type: ignore[assignment]
-    now = 0.0
-    monkeypatch.setattr("mhc_megatron.pipeline.copies.watchdog.time.monotonic", lambda: now)
     first, second, third = Event(), Event(), Event()
-    watchdog.watch(first, "send of a")  # type: ignore[arg-type]
-    now = 5.0
-    watchdog.watch(second, "send of b")  # type: ignore[arg-type]
-    watchdog.watch(third, "receive of c")  # type: ignore[arg-type]
-    assert watchdog.overdue(9.0) is None
-    assert watchdog.overdue(11.0) == "send of a"
-    first.done = True
-    assert watchdog.overdue(12.0) is None
-    third.done = True
-    assert watchdog.overdue(16.0) == "send of b"
+    watchdog.watch("send", first, "a")  # type: ignore[arg-type]
+    minutes[0] = 2.0
+    watchdog.watch("send", second, "b")  # type: ignore[arg-type]
+    watchdog.watch("receive", third, "c")  # type: ignore[arg-type]
+    assert [(p.what, p.timeout) for p in watchdog.oldest()] == [("send of a", 60.0), ("receive of c", 120.0)]
+    first.done = third.done = True
+    assert [(p.what, p.timeout) for p in watchdog.oldest()] == [("send of b", 120.0)]
+
+
+@pytest.mark.parametrize(("seconds", "ends"), [(0.3, True), (0, False)])
+def test_alarm_needs_no_lock_of_pythons(seconds: float, ends: bool) -> None:
+    """The main thread is in a call of C's that keeps the lock."""
+    program = f"""
+import ctypes
+from mhc_megatron.pipeline.copies.alarm import Alarm
+alarm = Alarm()
+alarm.set(0.2)
+alarm.set({seconds})
+ctypes.PyDLL(None).usleep(900_000)
+"""
+    ended = subprocess.run([sys.executable, "-c", program], check=False, timeout=60)
+    assert ended.returncode == (-signal.SIGABRT if ends else 0)
 
 
 def test_what_was_chosen_is_said() -> None:
     assert "through host memory" in Copies({}, {}, {"host memory": 4}, {}).describe()
-    assert Copies({}, {}, {}, {"no GPU": 2}).describe() == ("NCCL moves the transfers, not copy engines: no GPU (2)")
+    without = Copies({}, {}, {}, {"no GPU": 2})
+    assert without.describe() == "NCCL moves the transfers, not copy engines: no GPU (2)"
+    assert without.describe(asked=True).startswith("--mhc-pipeline-transport copy-engine was asked for, but NCCL")
     both = Copies({}, {}, {"host memory": 3}, {"the stages are on different nodes": 1}).describe()
     assert "3 of 4" in both
     assert "different nodes (1)" in both

@@ -186,9 +186,9 @@ def record(shape: Shape, rank: int, monkeypatch: pytest.MonkeyPatch) -> list[Eve
     events: list[Event] = []
     recorder = Recorder(events, rank, shape.stages)
 
-    def of(group: Any, wraps: bool, ahead: bool, copies: bool) -> Recorder:
+    def of(group: Any, wraps: bool, ahead: bool, transport: str) -> Recorder:
         assert ahead == (shape.comm == "split")
-        assert copies
+        assert transport == "auto"
         return recorder
 
     monkeypatch.setattr(Links, "of", of)

@@ -15,6 +15,8 @@ import torch
 _PORTABLE_AND_MAPPED = 3  # CU_MEMHOSTREGISTER_PORTABLE | CU_MEMHOSTREGISTER_DEVICEMAP
 _LAZY_PEER_ACCESS = 1  # CU_IPC_MEM_LAZY_ENABLE_PEER_ACCESS
 _NON_BLOCKING = 1  # CU_STREAM_NON_BLOCKING
+_THREAD_LOCAL = 1  # CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
+_NATIVE_ATOMICS = 3  # CU_DEVICE_P2P_ATTRIBUTE_NATIVE_ATOMIC_SUPPORTED
 _AT_LEAST = 0  # CU_STREAM_WAIT_VALUE_GEQ: (int32)(*address - value) >= 0
 
 _u32, _u64, _size, _stream = ctypes.c_uint32, ctypes.c_uint64, ctypes.c_size_t, ctypes.c_void_p
@@ -27,6 +29,8 @@ class _IpcHandle(ctypes.Structure):
 _ARGUMENTS: dict[str, tuple[Any, ...]] = {
     "cuCtxGetStreamPriorityRange": (ctypes.POINTER(ctypes.c_int), ctypes.POINTER(ctypes.c_int)),
     "cuStreamCreateWithPriority": (ctypes.POINTER(ctypes.c_void_p), ctypes.c_uint, ctypes.c_int),
+    "cuStreamDestroy_v2": (_stream,),
+    "cuThreadExchangeStreamCaptureMode": (ctypes.POINTER(ctypes.c_int),),
     "cuStreamWaitValue32_v2": (_stream, _u64, _u32, ctypes.c_uint),
     "cuStreamWriteValue32_v2": (_stream, _u64, _u32, ctypes.c_uint),
     "cuMemcpyAsync": (_u64, _u64, _size, _stream),
@@ -41,7 +45,7 @@ _ARGUMENTS: dict[str, tuple[Any, ...]] = {
     "cuDeviceGetByPCIBusId": (ctypes.POINTER(ctypes.c_int), ctypes.c_char_p),
     "cuDeviceGetPCIBusId": (ctypes.c_char_p, ctypes.c_int, ctypes.c_int),
     "cuDeviceGet": (ctypes.POINTER(ctypes.c_int), ctypes.c_int),
-    "cuDeviceCanAccessPeer": (ctypes.POINTER(ctypes.c_int), ctypes.c_int, ctypes.c_int),
+    "cuDeviceGetP2PAttribute": (ctypes.POINTER(ctypes.c_int), ctypes.c_int, ctypes.c_int, ctypes.c_int),
 }
 
 
@@ -60,14 +64,30 @@ def _call(name: str, *arguments: Any) -> None:
         raise RuntimeError(f"{name}: {(text.value or b'error').decode()} ({error})")
 
 
-def urgent_stream() -> torch.cuda.Stream:
-    """A new stream of the highest priority that there is, which PyTorch and NCCL leave alone: the driver has other queues for
-    it."""
-    least, greatest, stream = ctypes.c_int(), ctypes.c_int(), ctypes.c_void_p()
+def priorities() -> range:
+    """Of streams, from the highest (the smallest number) to the lowest."""
+    least, greatest = ctypes.c_int(), ctypes.c_int()
     _call("cuCtxGetStreamPriorityRange", ctypes.byref(least), ctypes.byref(greatest))
-    _call("cuStreamCreateWithPriority", ctypes.byref(stream), _NON_BLOCKING, greatest.value)
+    return range(greatest.value, least.value + 1)
+
+
+def make_stream(priority: int) -> torch.cuda.Stream:
+    """A new stream, which nothing else uses. It lives until `destroy_stream`."""
+    stream = ctypes.c_void_p()
+    _call("cuStreamCreateWithPriority", ctypes.byref(stream), _NON_BLOCKING, priority)
     assert stream.value is not None
     return torch.cuda.ExternalStream(stream.value)
+
+
+def destroy_stream(stream: torch.cuda.Stream) -> None:
+    """Undo `make_stream`."""
+    _call("cuStreamDestroy_v2", stream.cuda_stream)
+
+
+def leave_captures_alone() -> None:
+    """Let this thread query events while another one captures a CUDA graph."""
+    mode = ctypes.c_int(_THREAD_LOCAL)
+    _call("cuThreadExchangeStreamCaptureMode", ctypes.byref(mode))
 
 
 def wait_value(stream: int, address: int, value: int) -> None:
@@ -137,15 +157,16 @@ def bus_id() -> str:
     return text.value.decode()
 
 
-def reaches(other: str) -> bool | None:
-    """Whether the current GPU can access the memory of the one with this `bus_id`; None if this process can't see that one."""
+def linked(other: str) -> bool | None:
+    """Whether NVLink connects the current GPU with the one that has this `bus_id`; None if this process can't see that one.
+
+    By atomics between the two, which PCIe has not. (Over PCIe nothing orders writes to a GPU before a flag in host memory.)
+    """
     device, peer, can = ctypes.c_int(), ctypes.c_int(), ctypes.c_int()
     _call("cuDeviceGet", ctypes.byref(device), torch.cuda.current_device())
     try:
         _call("cuDeviceGetByPCIBusId", ctypes.byref(peer), other.encode())
     except RuntimeError:
         return None
-    if device.value == peer.value:
-        return True
-    _call("cuDeviceCanAccessPeer", ctypes.byref(can), device, peer)
+    _call("cuDeviceGetP2PAttribute", ctypes.byref(can), _NATIVE_ATOMICS, device, peer)
     return bool(can.value)

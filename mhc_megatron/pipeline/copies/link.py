@@ -1,8 +1,8 @@
 """One end of a link on which copy engines move tensors, a piece after the other, through a ring (`Ring`).
 
 Per piece the sender's stream waits until its slot is empty, copies the piece there and counts it as full; the receiver's stream
-waits for that, copies it to where it is to be and counts it as empty. The GPUs wait for each other, no host does, and nothing
-runs on a multiprocessor. Both ends cut a tensor of so many bytes in the same pieces.
+waits for that, copies it to where it is to be and counts it as empty. The GPUs wait for each other; no host does, and no kernel.
+Both ends cut a tensor of so many bytes in the same pieces.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ from mhc_megatron.pipeline.copies.watchdog import Watchdog
 
 
 class Copying:
-    """The handle of a transfer, as a Work of torch.distributed's: no host waits in it."""
+    """The handle of a transfer, as a Work of torch.distributed's: no host waits in it. done: when it is over on this side."""
 
     def __init__(self, done: torch.cuda.Event):
-        self._done = done
+        self.done = done
 
     def is_completed(self) -> bool:
         """Whether it is over on this side."""
-        return self._done.query()
+        return self.done.query()
 
     def wait(self) -> None:
         """Let what is launched on the current stream from now on wait for it."""
-        self._done.wait()
+        self.done.wait()
 
 
 class _End:
@@ -44,8 +44,12 @@ class _End:
         """The stream, after what has been launched for the tensor.
 
         Raises:
-            RuntimeError: for a tensor with holes.
+            RuntimeError: for a tensor with holes, and where a CUDA graph is captured: played again it would wait for nothing.
         """
+        if torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                "mHC: a pipeline transfer by copy engine can't be captured in a CUDA graph; use --mhc-pipeline-transport nccl"
+            )
         if not tensor.is_contiguous():
             raise RuntimeError(f"mHC: a pipeline transfer needs a contiguous tensor, got strides {tensor.stride()}")
         self._stream.wait_stream(torch.cuda.current_stream())
@@ -54,7 +58,7 @@ class _End:
     def _end(self, tensor: Tensor) -> Copying:
         done = torch.cuda.Event()
         done.record(self._stream)
-        self._watchdog.watch(done, f"{self._name} of {tuple(tensor.shape)}, {tensor.dtype}")
+        self._watchdog.watch(self._name, done, f"{tuple(tensor.shape)}, {tensor.dtype}")
         return Copying(done)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import mmap
 import os
@@ -15,14 +16,15 @@ import torch
 from mhc_megatron.pipeline.copies import driver
 
 MIB = 2**20
+_NAME = "mhc-pipeline"
 _FLAGS = mmap.PAGESIZE
 _FULL, _FREE = 1024, 2048  # offsets: apart from each other, as two processes write them
 _TOKEN = 32
 
 
 class Shape(NamedTuple):
-    """Of a ring: so many slots of so many bytes; pieces: into how many at least a tensor is cut, if none gets smaller than
-    ``smallest``."""
+    """Of a ring: so many slots of so many bytes; pieces: into how many at least a tensor is cut, as long as they have at least
+    ``smallest`` bytes."""
 
     slots: int
     slot: int
@@ -31,8 +33,8 @@ class Shape(NamedTuple):
 
     def cut(self, size: int) -> Iterator[tuple[int, int]]:
         """(offset, size) of the pieces of a tensor of ``size`` bytes."""
-        least = min(self.pieces, -(-size // self.smallest))
-        step = -(-size // max(least, -(-size // self.slot), 1))
+        least = max(1, min(self.pieces, size // self.smallest))
+        step = -(-size // max(least, -(-size // self.slot)))
         step = max(256, step + -step % 256)
         for offset in range(0, size, step):
             yield offset, min(step, size - offset)
@@ -62,55 +64,89 @@ class Ring:
     anyway.
     """
 
-    def __init__(self, descriptor: int, size: int, memory: int | None, opened: bool):
+    def __init__(self, descriptor: int, memory: int | None, opened: bool):
         self.shape = ON_HOST if memory is None else ON_GPU
-        self._descriptor = descriptor
-        self.page = mmap.mmap(descriptor, size)
-        host = ctypes.addressof(ctypes.c_char.from_buffer(self.page))
+        size = os.fstat(descriptor).st_size
+        self._page = mmap.mmap(descriptor, size)
+        host = ctypes.addressof(ctypes.c_char.from_buffer(self._page))
         flags = driver.register(host, size)
-        weakref.finalize(self, _give_back, self.page, host, memory, opened).atexit = False
+        device = torch.cuda.current_device()
+        weakref.finalize(self, _give_back, device, self._page, host, memory, opened).atexit = False
         self.full, self.free = flags + _FULL, flags + _FREE
         first = flags + _FLAGS if memory is None else memory
         self.slots = [first + number * self.shape.slot for number in range(self.shape.slots)]
 
     @classmethod
-    def make(cls, on_gpu: bool) -> tuple[Ring, Offer]:
-        """The receiver's: in the memory of its GPU, or in the host's.
+    def make(cls, on_gpu: bool) -> tuple[Ring, Offer, int]:
+        """The receiver's, in the memory of its GPU or in the host's; and the descriptor to be closed when the sender has it.
 
         Raises:
             OSError: if the host has no memory for it; RuntimeError: if the GPU has none, or can't share it.
         """
-        size = _FLAGS + (0 if on_gpu else ON_HOST.slots * ON_HOST.slot)
-        descriptor = os.memfd_create("mhc-pipeline")  # without a name in a file system: nothing can be left behind
-        os.posix_fallocate(descriptor, 0, size)
-        memory = driver.allocate(ON_GPU.slots * ON_GPU.slot) if on_gpu else None
-        ring = cls(descriptor, size, memory, opened=False)
+        with contextlib.ExitStack() as undo:
+            descriptor = _memory_file()  # without a name in a file system: nothing can be left behind
+            undo.callback(os.close, descriptor)
+            os.posix_fallocate(descriptor, 0, _FLAGS + (0 if on_gpu else ON_HOST.slots * ON_HOST.slot))
+            memory = driver.allocate(ON_GPU.slots * ON_GPU.slot) if on_gpu else None
+            if memory is not None:
+                undo.callback(driver.free, memory)
+            exported = b"" if memory is None else driver.export(memory)
+            ring = cls(descriptor, memory, opened=False)
+            undo.pop_all()
         token = secrets.token_bytes(_TOKEN)
-        ring.page[:_TOKEN] = token
-        return ring, Offer(os.getpid(), descriptor, token, b"" if memory is None else driver.export(memory))
+        ring._page[:_TOKEN] = token
+        return ring, Offer(os.getpid(), descriptor, token, exported), descriptor
 
     @classmethod
     def open(cls, offer: Offer) -> Ring:
         """The sender's.
 
         Raises:
-            OSError: if the receiver's memory is out of reach: in another container, say; RuntimeError: its GPU's.
+            OSError: if the receiver's memory is out of reach; RuntimeError: its GPU's.
         """
-        descriptor = os.open(f"/proc/{offer.process}/fd/{offer.descriptor}", os.O_RDWR)
-        size = os.fstat(descriptor).st_size
-        if size < _FLAGS or os.pread(descriptor, _TOKEN, 0) != offer.token:
-            os.close(descriptor)
-            raise OSError("it has the other stage's process number for another one")
-        return cls(descriptor, size, driver.open_exported(offer.memory) if offer.memory else None, opened=True)
+        path = f"/proc/{offer.process}/fd/{offer.descriptor}"
+        with contextlib.ExitStack() as undo:
+            try:
+                if not os.readlink(path).startswith(f"/memfd:{_NAME}"):  # another process has that number here
+                    raise OSError
+                descriptor = os.open(path, os.O_RDWR)
+                undo.callback(os.close, descriptor)
+                if os.pread(descriptor, _TOKEN, 0) != offer.token:
+                    raise OSError
+            except OSError:
+                raise OSError(
+                    "the stages' processes can't open each other's memory (of other users, or in containers with their own "
+                    "process numbers)"
+                ) from None
+            memory = driver.open_exported(offer.memory) if offer.memory else None
+            if memory is not None:
+                undo.callback(driver.close_exported, memory)
+            ring = cls(descriptor, memory, opened=True)
+            undo.pop_all()
+        os.close(descriptor)
+        return ring
 
-    def settle(self) -> None:
-        """Both ends have it: nobody else will open it."""
-        os.close(self._descriptor)
+    def give_up(self) -> None:
+        """Let all that waits on it go on, here and at the other end, with whatever is in the slots."""
+        for offset in (_FULL, _FREE):
+            self._page[offset : offset + 4] = (2**31 - 1).to_bytes(4, "little")
 
 
-def _give_back(page: mmap.mmap, host: int, memory: int | None, opened: bool) -> None:
+def _memory_file() -> int:
+    if hasattr(os, "memfd_create"):
+        return os.memfd_create(_NAME)
+    descriptor = ctypes.CDLL(None, use_errno=True).memfd_create(_NAME.encode(), 1)  # MFD_CLOEXEC
+    if descriptor < 0:  # Python was built without it
+        raise OSError(ctypes.get_errno(), "memfd_create")
+    return int(descriptor)
+
+
+def _give_back(device: int, page: mmap.mmap, host: int, memory: int | None, opened: bool) -> None:
     """``page``: mapped until here, where its memory is pinned no longer."""
-    torch.cuda.synchronize()
-    if memory is not None:
-        (driver.close_exported if opened else driver.free)(memory)
-    driver.unregister(host)
+    with torch.cuda.device(device):
+        torch.cuda.synchronize()
+        try:
+            if memory is not None:
+                (driver.close_exported if opened else driver.free)(memory)
+        finally:
+            driver.unregister(host)
