@@ -79,7 +79,7 @@ class MHCConfig:
         "auto",
         "what moves pipeline transfers that go over links of their own (wide, split): nccl; copy-engine: the GPUs' copy engines, "
         "which leave multiprocessors to computation, between stages of one node, and NCCL between others; "
-        "auto: copy-engine",
+        "auto: nccl",
         PIPELINE_TRANSPORTS,
     )
 

@@ -55,7 +55,7 @@ class Links:
         group: the pipeline-parallel group.
         wraps: whether the last stage sends to the first (interleaved schedules).
         ahead: whether receives are posted long before what they receive is sent.
-        transport: ``nccl``, or ``copy-engine`` or ``auto``: copy engines serve the links that they can serve.
+        transport: ``nccl``, or ``copy-engine``: copy engines serve the links that they can serve.
     """
 
     _made: weakref.WeakKeyDictionary[dist.ProcessGroup, dict[tuple[bool, bool, str], Links]] = (
@@ -66,10 +66,10 @@ class Links:
         self._ranks = dist.get_process_group_ranks(group)
         self._stage, self._stages = group.rank(), group.size()
         self.copies = Copies({}, {}, {}, {})
-        if transport != "nccl" and _uses_nccl(group):
+        if transport == "copy-engine" and _uses_nccl(group):
             whole = weakref.ref(group)
             self.copies = connect(self._neighbours(wraps), lambda: _timeout(whole()))
-            _report(self.copies.describe(asked=transport == "copy-engine"))
+            _report(self.copies.describe(asked=True))
         elif transport == "copy-engine":
             _report("--mhc-pipeline-transport copy-engine has no effect: the pipeline group's backend is not NCCL")
         # [direction][number that group_of gives the sending stage]

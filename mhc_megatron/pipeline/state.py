@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 _logger = logging.getLogger(__name__)
 _ATTRIBUTE = "mhc_pipeline"
+_AUTO_TRANSPORT = "nccl"  # copy engines were faster where they ran, which was not everywhere yet (README.md)
 
 
 class Running(NamedTuple):
@@ -56,7 +57,7 @@ def share_pipeline(config: Any, mhc_config: MHCConfig) -> PipelineState:
     if state is None:
         several = config.pipeline_model_parallel_size > 1
         links = several and communication(mhc_config, config) != "wide-stock"
-        transport = mhc_config.pipeline_transport
+        transport = transport_of(mhc_config)
         state = PipelineState(mhc_config.num_streams, splits(mhc_config, config), links, transport)
         if several and not links and transport == "copy-engine":
             _report("--mhc-pipeline-transport copy-engine has no effect: the transfers are Megatron's own")
@@ -73,6 +74,12 @@ def pipeline_state(config: Any) -> PipelineState | None:
     """The state that a model has left on its config; None for a model without mHC."""
     state: PipelineState | None = getattr(config, _ATTRIBUTE, None)
     return state
+
+
+def transport_of(mhc_config: MHCConfig) -> str:
+    """What moves transfers over links of their own: ``nccl`` or ``copy-engine``."""
+    asked = mhc_config.pipeline_transport
+    return _AUTO_TRANSPORT if asked == "auto" else asked
 
 
 def communication(mhc_config: MHCConfig, config: Any, leaves: bool | None = None) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 from mhc_megatron.arguments import check_args
 from mhc_megatron.config import MHCConfig
 from mhc_megatron.pipeline.cut import layers_of_chunk
-from mhc_megatron.pipeline.state import communication
+from mhc_megatron.pipeline.state import communication, transport_of
 from mhc_megatron.residual.backend import why_reference
 
 
@@ -121,7 +121,7 @@ class Run:
         """Whether copy engines move what goes over links of their own. Under TP and CP Megatron has the GPU's work in one queue
         (CUDA_DEVICE_MAX_CONNECTIONS=1), and they can't."""
         one_queue = self.tensor > 1 or self.config.context_parallel_size > 1
-        return (self.mhc or MHCConfig()).pipeline_transport != "nccl" and not self.leaves_node and not one_queue
+        return transport_of(self.mhc or MHCConfig()) == "copy-engine" and not self.leaves_node and not one_queue
 
     @property
     def leaves_node(self) -> bool:

@@ -188,7 +188,7 @@ def record(shape: Shape, rank: int, monkeypatch: pytest.MonkeyPatch) -> list[Eve
 
     def of(group: Any, wraps: bool, ahead: bool, transport: str) -> Recorder:
         assert ahead == (shape.comm == "split")
-        assert transport == "auto"
+        assert transport == "nccl"
         return recorder
 
     monkeypatch.setattr(Links, "of", of)
