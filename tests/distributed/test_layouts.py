@@ -46,6 +46,7 @@ ENDS_APART = {"pipeline_model_parallel_layout": "E|tt|tt|L"}
 KINDS = {
     "dense": models.DENSE,
     "moe": models.MOE,
+    "mla": models.MLA,
     "mtp": {**models.MOE, "mtp_num_layers": 2},
     "mtp_dense": {**models.DENSE, "mtp_num_layers": 1},
 }
@@ -84,6 +85,9 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
     "dense-pp2-vpp2-split-mhc-recompute": (2, VPP2, {**INTERLEAVED, "mhc": {**SPLIT["mhc"], **MHC_RECOMPUTE["mhc"]}}),
     "pp2-ep2": (4, {**PP2, **EP2}, {}),
     "pp2-tp2-sp": (4, {**PP2, **TP2}, {"sequence_parallel": True}),
+    # Not under TP + SP: stock Megatron's MLA of local modules has other gradients there than in one process.
+    "mla-ep2": (2, EP2, {}),
+    "mla-pp2-vpp2": (2, VPP2, {**INTERLEAVED, "deallocate_pipeline_outputs": True}),
     "mtp-tp2-sp-recompute": (2, TP2, {"sequence_parallel": True, **RECOMPUTE, "distribute_saved_activations": False}),
     "mtp-ep2": (2, EP2, {}),
     "mtp-pp2-vpp2-split": (2, VPP2, {**INTERLEAVED, **SPLIT, "deallocate_pipeline_outputs": True}),

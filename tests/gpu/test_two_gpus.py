@@ -77,6 +77,18 @@ def dense_arguments(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     return prepared(tmp_path_factory.mktemp("two-gpus-dense"), ["--transformer-impl=local", "--moe-layer-freq=[0]*4"])
 
 
+@pytest.fixture(scope="module")
+def mla_arguments(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    sizes = "--q-lora-rank 32 --kv-lora-rank 32 --qk-head-dim 16 --qk-pos-emb-head-dim 16 --v-head-dim 16"
+    further = ["--moe-grouped-gemm", "--multi-latent-attention", *sizes.split(), "--rope-type=rope"]
+    return prepared(tmp_path_factory.mktemp("two-gpus-mla"), further)
+
+
+@pytest.fixture(scope="module")
+def mla_one_gpu(mla_arguments: list[str]) -> dict[int, float]:
+    return train(mla_arguments, 1)
+
+
 @pytest.mark.parametrize("layout", [*LAYOUTS, *ON_FOUR])
 def test_layout_equals_one_gpu(layout: str, arguments: list[str], one_gpu: dict[int, float]) -> None:
     """bf16: the first loss differs by rounding, later ones by what training makes of it."""
@@ -84,6 +96,12 @@ def test_layout_equals_one_gpu(layout: str, arguments: list[str], one_gpu: dict[
     if not has_gpus(processes):
         pytest.skip(f"needs {processes} CUDA GPUs (or MHC_SHARE_GPU=1)")
     compare(layout, train([*arguments, *{**LAYOUTS, **ON_FOUR}[layout].split()], processes), one_gpu)
+
+
+@pytest.mark.parametrize("layout", ["tp2-sp-mhc-recompute", "ep2", "pp2-vpp2-split-mhc-recompute"])
+def test_latent_attention(layout: str, mla_arguments: list[str], mla_one_gpu: dict[int, float]) -> None:
+    """The attention of the paper's models."""
+    compare(layout, train([*mla_arguments, *LAYOUTS[layout].split()], 2), mla_one_gpu)
 
 
 @pytest.mark.parametrize("layout", ["ep2", "pp2-vpp2", "pp2-vpp2-split", "pp2-vpp2-mhc-recompute"])
