@@ -29,8 +29,9 @@ def draw(files: list[Path], picture: Path) -> None:
         content = json.loads(file.read_text())
         settings = content["settings"]
         for layers, results in content["results"].items():
+            device = settings["device"].removeprefix("NVIDIA ").partition(" ")[0]
             padded = ", padded" if settings.get("padded") else ""
-            label = f"{settings['shape']}, {layers} layers\n{settings['tokens']} tokens{padded}\n{settings['device']}"
+            label = f"{settings['shape']}, {layers} layers\n{settings['tokens']} tokens{padded}\n{device}"
             if label in groups:
                 raise SystemExit(f"{file}: the picture has that block already: {' '.join(label.split())}")
             base = results["residual"]
