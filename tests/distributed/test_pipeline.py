@@ -4,6 +4,7 @@ test_layouts.)"""
 from __future__ import annotations
 
 import json
+import logging
 import os
 import random
 import signal
@@ -153,6 +154,26 @@ def compare_gradients(ours: torch.nn.Module, theirs: torch.nn.Module, frozen: bo
 def test_many_steps(layout: str, tmp_path: Path, hooks: None) -> None:
     processes, sizes, settings = LAYOUTS[layout]
     run_ranks(many_steps, processes, tmp_path, sizes, settings={**sizes, **settings}, folder=tmp_path)
+
+
+def without_gpus(settings: dict[str, Any]) -> None:
+    said: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("mhc_megatron.pipeline.links").addHandler(handler)
+    (nccl, nccl_config), (asked, asked_config) = (
+        chunks_of(settings, "wide", transport=by) for by in ("nccl", "copy-engine")
+    )
+    expected, losses = (models.step(c, k, range(4)) for c, k in ((nccl, nccl_config), (asked, asked_config)))
+    assert losses == expected
+    about = [text for text in said if "copy-engine" in text]
+    assert len(about) == (dist.get_rank() == 0), said
+    assert all("no effect: the pipeline group's backend is not NCCL" in text for text in about)
+
+
+def test_copy_engines_need_gpus(tmp_path: Path, hooks: None) -> None:
+    sizes = {"pipeline_model_parallel_size": 2}
+    run_ranks(without_gpus, 2, tmp_path, sizes, settings={**sizes, "batch_p2p_comm": False})
 
 
 def note_order(settings: dict[str, Any], folder: Path) -> None:

@@ -256,6 +256,26 @@ def test_choice(settings: dict[str, Any], chosen: bool, says: str | None, caplog
 
 
 @pytest.mark.parametrize(
+    ("transport", "comm", "expected", "says"),
+    [
+        ("auto", "wide", "nccl", None),
+        ("nccl", "wide", "nccl", None),
+        ("copy-engine", "wide", "copy-engine", None),
+        ("copy-engine", "wide-stock", "copy-engine", "has no effect: the transfers are Megatron's own"),
+    ],
+)
+def test_transport(
+    transport: str, comm: str, expected: str, says: str | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    _report.cache_clear()
+    config = models.make_config(pipeline_model_parallel_size=2, pipeline_dtype=torch.float32)
+    state = share_pipeline(config, MHCConfig(pipeline_comm=comm, pipeline_transport=transport))
+    assert state.transport == expected
+    assert ("--mhc-pipeline-transport copy-engine" in caplog.text) is (says is not None)
+    assert says is None or says in caplog.text
+
+
+@pytest.mark.parametrize(
     ("comm", "links", "split"),
     [("auto", True, False), ("wide", True, False), ("split", True, True), ("wide-stock", False, False)],
 )

@@ -62,16 +62,20 @@ class Watchdog:
 
     def _run(self, device: int) -> None:
         torch.cuda.set_device(device)
-        driver.leave_captures_alone()
-        alarm, paused, last = Alarm(), 0.0, time.monotonic()
-        complained = False
+        alarm: Alarm | None = None
+        try:
+            driver.leave_captures_alone()
+            alarm = Alarm()
+        except (OSError, RuntimeError) as error:
+            _say(f"pipeline transfers are watched without an alarm behind it: {error}")
+        paused, last, complained = 0.0, time.monotonic(), False
         while True:
             pending: list[_Pending] = []
             try:
                 pending = self.oldest()
             except RuntimeError as error:
                 if not complained:  # CUDA's errors end the run elsewhere
-                    print(f"mHC: pipeline transfers can't be watched: {error}", file=sys.stderr, flush=True)
+                    _say(f"pipeline transfers can't be watched: {error}")
                 complained = True
             now = time.monotonic()
             interval = min([1.0, *(p.timeout / 10 for p in pending)])
@@ -79,12 +83,15 @@ class Watchdog:
                 paused = now
             last = now
             if late := [p for p in pending if now - max(p.since, paused) > p.timeout]:
-                print(
-                    f"mHC: pipeline transfer timed out: {late[0].what}, not complete after {late[0].timeout:.0f} s (the pipeline "
-                    "group's timeout, --distributed-timeout-minutes): the other stage is gone or stuck. Ending this process.",
-                    file=sys.stderr,
-                    flush=True,
+                _say(
+                    f"pipeline transfer timed out: {late[0].what}, not complete after {late[0].timeout:.0f} s (the pipeline "
+                    "group's timeout, --distributed-timeout-minutes): the other stage is gone or stuck. Ending this process."
                 )
                 os.abort()
-            alarm.set(max(p.timeout for p in pending) + _GRACE if pending else 0.0)
+            if alarm is not None:
+                alarm.set(max(p.timeout for p in pending) + _GRACE if pending else 0.0)
             time.sleep(interval)
+
+
+def _say(text: str) -> None:
+    print(f"mHC: {text}", file=sys.stderr, flush=True)
