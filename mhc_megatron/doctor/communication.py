@@ -34,10 +34,10 @@ def exchange() -> tuple[str, str, bool]:
         try:
             while not processes.join(timeout=max(0.0, deadline - time.monotonic())):
                 if time.monotonic() >= deadline:
-                    return name, f"no answer after {_TIMEOUT} s: a process hangs", False
+                    return name, f"{_where(folder)}no answer after {_TIMEOUT} s: a process hangs", False
         except Exception as error:  # of the first process that failed
             last = [line for line in str(error).splitlines() if line.strip()]
-            return name, last[-1] if last else type(error).__name__, False
+            return name, _where(folder) + (last[-1] if last else type(error).__name__), False
         finally:
             for process in processes.processes:
                 if process.is_alive():
@@ -45,6 +45,11 @@ def exchange() -> tuple[str, str, bool]:
         rates = [float((Path(folder) / f"rate{rank}").read_text()) for rank in range(world)]
         copies = (Path(folder) / "copies").read_text() if backend == "nccl" else ""
     return name, f"sum and ring exchange right; slowest neighbour {min(rates):.3g} GB/s one way{copies}", True
+
+
+def _where(folder: str) -> str:
+    """What was going on, if it was not NCCL."""
+    return "NCCL works, --mhc-pipeline-transport copy-engine does not: " if (Path(folder) / "copying").exists() else ""
 
 
 def _rank(rank: int, world: int, backend: str, folder: str) -> None:
@@ -87,6 +92,8 @@ def _rank(rank: int, world: int, backend: str, folder: str) -> None:
         raise RuntimeError(f"rank {rank}: what rank {left} sent arrived wrong")
     (Path(folder) / f"rate{rank}").write_text(str(ours.nbytes / seconds / 1e9))
     if backend == "nccl":
+        dist.barrier()
+        (Path(folder) / "copying").touch()
         _copy(rank, left, right, ours, theirs, Path(folder))
     dist.destroy_process_group()
 

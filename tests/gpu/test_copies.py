@@ -6,13 +6,14 @@ import os
 import random
 import time
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 
-from mhc_megatron.pipeline.copies import connect
+from mhc_megatron.pipeline.copies import connect, driver
 from mhc_megatron.pipeline.copies.ring import ON_GPU
 from tests.ranks import run_ranks
 
@@ -65,8 +66,10 @@ def exchange(way: str) -> None:
 
 @pytest.mark.parametrize(("way", "disabled"), [(connect.PEER, "0"), (connect.HOST, "1")])
 def test_exchange(way: str, disabled: str, tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    if way == connect.PEER and not torch.cuda.can_device_access_peer(0, 1):
-        pytest.skip("the GPUs can't access each other's memory")
+    with torch.cuda.device(1):
+        other = driver.bus_id()
+    if way == connect.PEER and not driver.linked(other):
+        pytest.skip("NVLink does not connect the GPUs")
     monkeypatch.setenv("NCCL_P2P_DISABLE", disabled)
     run_ranks(exchange, 2, tmp_path, {}, way=way)
 
@@ -92,8 +95,9 @@ def test_refused(environment: dict[str, str], reason: str, tmp_path: Any, monkey
     run_ranks(refused, 2, tmp_path, {}, reason=reason)
 
 
-def lose_a_peer() -> None:
+def lose_a_peer(folder: Path) -> None:
     copies = _connect(minutes=0.1)
+    (folder / f"connected{dist.get_rank()}").touch()
     if dist.get_rank() == 0:
         copies.receivers[1].receive(torch.empty(2**20, device="cuda")).wait()
         torch.cuda.synchronize()
@@ -103,5 +107,6 @@ def lose_a_peer() -> None:
 def test_a_lost_peer_ends_the_run(tmp_path: Any) -> None:
     started = time.monotonic()
     with pytest.raises(Exception, match="process 0 terminated with signal SIGABRT"):
-        run_ranks(lose_a_peer, 2, tmp_path, {})
+        run_ranks(lose_a_peer, 2, tmp_path, {}, folder=tmp_path)
     assert time.monotonic() - started < 50
+    assert all((tmp_path / f"connected{rank}").exists() for rank in range(2))

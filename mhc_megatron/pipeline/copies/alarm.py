@@ -32,11 +32,13 @@ class Alarm:
     """SIGABRT, later. Other timers of the process are not touched.
 
     Raises:
-        OSError: if the system has no timer left.
+        OSError: if the system has no timer left, or none at all.
     """
 
     def __init__(self) -> None:
         self._library = ctypes.CDLL(None, use_errno=True)
+        if not hasattr(self._library, "timer_create"):  # before glibc 2.34
+            self._library = ctypes.CDLL("librt.so.1", use_errno=True)
         self._timer = ctypes.c_void_p()
         event = _Event(signal=signal.SIGABRT, notify=0)
         if self._library.timer_create(time.CLOCK_MONOTONIC, ctypes.byref(event), ctypes.byref(self._timer)):

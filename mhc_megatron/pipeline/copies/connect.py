@@ -11,6 +11,7 @@ import os
 from collections import Counter
 from collections.abc import Callable
 from datetime import timedelta
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -18,7 +19,7 @@ import torch.distributed as dist
 
 from mhc_megatron.pipeline.copies import driver
 from mhc_megatron.pipeline.copies.link import Receiver, Sender
-from mhc_megatron.pipeline.copies.queues import complete, why_dependent
+from mhc_megatron.pipeline.copies.queues import late, why_dependent
 from mhc_megatron.pipeline.copies.ring import Offer, Ring
 from mhc_megatron.pipeline.copies.watchdog import Watchdog
 from mhc_megatron.pipeline.nodes import machine
@@ -26,6 +27,7 @@ from mhc_megatron.pipeline.nodes import machine
 DIRECTIONS = (0, 1)  # forward, backward
 _NAMES = ("forward", "backward")
 PEER, HOST = "the receiving GPU's memory", "host memory"
+_PATIENT = timedelta(minutes=2)
 _TRIAL = 6 * 2**20  # int32 of a trial transfer: 24 MiB, in several pieces
 
 Neighbours = dict[int, tuple[int | None, int | None]]
@@ -88,66 +90,85 @@ def connect(neighbours: Neighbours, timeout: Callable[[], timedelta]) -> Copies:
     wished: list[dict[int, _Route]] = _gather(routes)
 
     rings: dict[tuple[str, int], Ring] = {}
-    offers: dict[int, Offer | str] = {}
-    descriptors = []
-    for direction, source in receives.items():
-        if way := wished[source][direction].way:
-            ring = _attempt(lambda way=way: Ring.make(on_gpu=way == PEER))  # type: ignore[misc]
-            if isinstance(ring, str):
-                offers[direction] = ring
-            else:
-                rings["receive", direction], offers[direction], descriptor = ring
-                descriptors.append(descriptor)
+    wanted = {d: wished[source][d].way for d, source in receives.items() if wished[source][d].way}
+    offers, descriptors = _make_rings(wanted, rings)
     offered: list[dict[int, Offer | str]] = _gather(offers)
-    for direction, to in sends.items():
-        if routes[direction].way:
-            offer = offered[to][direction]
-            ring = offer if isinstance(offer, str) else _attempt(lambda offer=offer: Ring.open(offer))  # type: ignore[misc]
-            if isinstance(ring, str):
-                routes[direction] = _Route(reason=ring)
-            else:
-                rings["send", direction] = ring
+    routes |= _open_rings({d: offered[to][d] for d, to in sends.items() if routes[d].way}, rings)
     agreed: list[dict[int, _Route]] = _gather(routes)
     for descriptor in descriptors:
         os.close(descriptor)
 
-    watchdog = Watchdog(timeout)
-    senders: dict[int, Sender] = {}
-    receivers: dict[int, Receiver] = {}
-    for (end, direction), ring in rings.items():
-        if end == "send" and agreed[me][direction].way:
-            name = f"{_NAMES[direction]} send to rank {sends[direction]}"
-            senders[direction] = Sender(ring, streams[end, direction], watchdog, name)
-        elif end == "receive" and agreed[receives[direction]][direction].way:
-            name = f"{_NAMES[direction]} receive from rank {receives[direction]}"
-            receivers[direction] = Receiver(ring, streams[end, direction], watchdog, name)
+    generous = [_PATIENT]  # a trial that fails is no reason to end the run
+    watchdog = Watchdog(lambda: max([timeout(), *generous]))
+    senders = {
+        d: Sender(rings["send", d], streams["send", d], watchdog, f"{_NAMES[d]} send to rank {to}")
+        for d, to in sends.items()
+        if agreed[me][d].way
+    }
+    receivers = {
+        d: Receiver(rings["receive", d], streams["receive", d], watchdog, f"{_NAMES[d]} receive from rank {source}")
+        for d, source in receives.items()
+        if agreed[source][d].way
+    }
     failed: list[dict[str, str]] = _gather(_try(senders, receivers, rings))
+    generous.clear()
     for direction in list(senders):
         if reason := failed[me].get(f"send {direction}") or failed[sends[direction]].get(f"receive {direction}"):
-            del senders[direction]
             routes[direction] = _Route(reason=reason)
-    for direction in list(receivers):
-        source = receives[direction]
-        if failed[source].get(f"send {direction}") or failed[me].get(f"receive {direction}"):
-            del receivers[direction]
+            del senders[direction], rings["send", direction]
     final: list[dict[int, _Route]] = _gather(routes)
+    for direction in list(receivers):  # whose memory the senders have let go of by now
+        if not final[receives[direction]][direction].way:
+            del receivers[direction]
     rows = [route for row in final for route in row.values()]
     ways = Counter(route.way for route in rows if route.way)
     reasons = Counter(route.reason for route in rows if not route.way)
     return Copies(senders, receivers, dict(ways), dict(reasons))
 
 
+def _make_rings(ways: dict[int, str], rings: dict[tuple[str, int], Ring]) -> tuple[dict[int, Offer | str], list[int]]:
+    """The receivers' rings, by direction: offers of them, or what went wrong; and descriptors, to be closed later."""
+    offers: dict[int, Offer | str] = {}
+    descriptors = []
+    for direction, way in ways.items():
+        made = _attempt(lambda way=way: Ring.make(on_gpu=way == PEER))  # type: ignore[misc]
+        if isinstance(made, str):
+            offers[direction] = made
+        else:
+            rings["receive", direction], offers[direction], descriptor = made
+            descriptors.append(descriptor)
+    return offers, descriptors
+
+
+def _open_rings(offers: dict[int, Offer | str], rings: dict[tuple[str, int], Ring]) -> dict[int, _Route]:
+    """The senders' ends of rings, by direction: where there is none, why."""
+    refused = {}
+    for direction, offer in offers.items():
+        opened = offer if isinstance(offer, str) else _attempt(lambda offer=offer: Ring.open(offer))  # type: ignore[misc]
+        if isinstance(opened, str):
+            refused[direction] = _Route(reason=opened)
+        else:
+            rings["send", direction] = opened
+    return refused
+
+
+@cache
+def _streams() -> dict[tuple[str, int], torch.cuda.Stream] | str:
+    """A stream for every end that a rank may have, for all of its pipelines; or what is wrong with them."""
+    torch.cuda.synchronize()
+    highest = driver.priorities()[0]
+    streams = {(end, d): driver.make_stream(highest) for end in ("send", "receive") for d in DIRECTIONS}
+    reason = why_dependent(list(streams.values()))
+    return streams if reason is None else reason
+
+
 def _prepare() -> tuple[_Fact, dict[tuple[str, int], torch.cuda.Stream]]:
     """What others have to know of this rank, and its links' streams."""
     if not torch.cuda.is_available() or torch.version.cuda is None:
         return _Fact(machine(), reason="they need NVIDIA GPUs"), {}
-    highest = driver.priorities()[0]
-    streams = {(end, d): driver.make_stream(highest) for end in ("send", "receive") for d in DIRECTIONS}
-    reason = why_dependent(list(streams.values()))
-    if reason is not None:
-        for stream in streams.values():
-            driver.destroy_stream(stream)
-        return _Fact(machine(), reason=reason), {}
+    streams = _streams()
+    if isinstance(streams, str):
+        return _Fact(machine(), reason=streams), {}
     return _Fact(machine(), driver.bus_id()), streams
 
 
@@ -172,24 +193,37 @@ def _try(
     senders: dict[int, Sender], receivers: dict[int, Receiver], rings: dict[tuple[str, int], Ring]
 ) -> dict[str, str]:
     """Move numbers over every link, twice: by this rank's ends, what went wrong."""
+    ends: dict[str, tuple[str, int]] = {
+        **{f"receive {d}": ("receive", d) for d in receivers},
+        **{f"send {d}": ("send", d) for d in senders},
+    }
+    tensors: dict[str, list[torch.Tensor]] = {}
     failed: dict[str, str] = {}
-    checks = []
-    for direction, receiver in receivers.items():
-        found = [torch.zeros(_TRIAL, dtype=torch.int32, device="cuda") for _ in range(2)]
-        handles = [receiver.receive(tensor) for tensor in found]
-        checks.append((f"receive {direction}", "receive", direction, handles, found))
-    for direction, sender in senders.items():
-        sent = [_numbers(direction + 2 * turn) for turn in range(2)]
-        handles = [sender.send(tensor) for tensor in sent]
-        checks.append((f"send {direction}", "send", direction, handles, []))
-    for name, end, direction, handles, _ in checks:
-        if not complete([handle.done for handle in handles]):
+    try:
+        # All memory, and every kernel once, before anything waits: either may wait for the GPU.
+        numbers = {(d, turn): _numbers(d + 2 * turn) for d in DIRECTIONS for turn in range(2)} if ends else {}
+        for name, (end, d) in ends.items():
+            sent = [numbers[d, turn] for turn in range(2)]
+            tensors[name] = sent if end == "send" else [torch.zeros_like(tensor) for tensor in sent]
+            torch.equal(tensors[name][0], sent[0])
+        torch.cuda.synchronize()
+        handles = [
+            (name, receivers[d].receive(t)) for name, (e, d) in ends.items() if e == "receive" for t in tensors[name]
+        ]
+        handles += [(name, senders[d].send(t)) for name, (e, d) in ends.items() if e == "send" for t in tensors[name]]
+        for k in late([handle.done for _, handle in handles]):
+            name = handles[k][0]
             failed[name] = "a trial transfer did not arrive"
-            rings[end, direction].give_up()
-    torch.cuda.synchronize()
-    for name, _, direction, _, found in checks:
-        if any(not torch.equal(tensor, _numbers(direction + 2 * turn)) for turn, tensor in enumerate(found)):
-            failed.setdefault(name, "a trial transfer arrived wrong")
+            rings[ends[name]].give_up()
+        torch.cuda.synchronize()
+        for name, (_, d) in ends.items():
+            if not all(torch.equal(tensor, numbers[d, turn]) for turn, tensor in enumerate(tensors[name])):
+                failed.setdefault(name, "a trial transfer arrived wrong")
+    except Exception as error:
+        for place in ends.values():
+            rings[place].give_up()
+        torch.cuda.synchronize()  # before any of the tensors is freed
+        failed = dict.fromkeys(ends, f"a trial transfer failed: {type(error).__name__}: {error}")
     return failed
 
 

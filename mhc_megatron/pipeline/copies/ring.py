@@ -144,8 +144,8 @@ def _memory_file() -> int:
 def _give_back(device: int, page: mmap.mmap, host: int, memory: int | None, opened: bool) -> None:
     """``page``: mapped until here, where its memory is pinned no longer."""
     with torch.cuda.device(device):
-        torch.cuda.synchronize()
         try:
+            torch.cuda.synchronize()
             if memory is not None:
                 (driver.close_exported if opened else driver.free)(memory)
         finally:

@@ -61,12 +61,12 @@ class Watchdog:
         return found
 
     def _run(self, device: int) -> None:
-        torch.cuda.set_device(device)
         alarm: Alarm | None = None
         try:
+            torch.cuda.set_device(device)
             driver.leave_captures_alone()
             alarm = Alarm()
-        except (OSError, RuntimeError) as error:
+        except Exception as error:
             _say(f"pipeline transfers are watched without an alarm behind it: {error}")
         paused, last, complained = 0.0, time.monotonic(), False
         while True:
