@@ -12,7 +12,7 @@ CONTENTION = 0.09
 shared memory (`benchmarks/simulated.py`); matrix products take most of it (`benchmarks/README.md`)."""
 
 COPY_CONTENTION = 0.02
-"""The same where copy engines do (`mhc_megatron.pipeline.copies`): they take memory bandwidth alone."""
+"""The same where copy engines do (`mhc_megatron.pipeline.copies`); it fits what was measured through host memory."""
 
 Times = float | Sequence[Sequence[float]]
 

@@ -86,6 +86,14 @@ def chunks_of(
     return [models.wrap(chunk.cuda(), config) for chunk in chunks], config
 
 
+def uses(transport: str, config: Any) -> bool:
+    """Whether the links of a schedule that has run are what was asked for: copy engines may have left them to NCCL."""
+    group = parallel_state.get_pipeline_model_parallel_group()
+    wraps, state = config.virtual_pipeline_model_parallel_size is not None, pipeline_state(config)
+    assert state is not None
+    return bool(Links.of(group, wraps, state.split, transport).copies.senders) == (transport == "copy-engine")
+
+
 def many_steps(settings: dict[str, Any], folder: Path, transport: str = "nccl") -> None:
     """Steps of random numbers of microbatches, trained and evaluated, by wide and by split transfers: the same losses and
     gradients. transport: of the latter; wide is NCCL's, and that of another transport as well."""
@@ -122,7 +130,7 @@ def many_steps(settings: dict[str, Any], folder: Path, transport: str = "nccl") 
     assert pipeline_state(split_config).running is None, "would be taken for the next schedule"
     channel = pipeline_state(split_config).channel
     assert channel is not None
-    assert bool(channel.links.copies.senders) == (transport != "nccl")
+    assert uses(transport, split_config)
     for sends in channel.links.sends:
         sends.release()
         assert len(sends) <= 1
@@ -217,6 +225,7 @@ def test_streams_leave_before_the_last_sublayer_runs(tmp_path: Path, hooks: None
 def lose_a_peer(settings: dict[str, Any], how: str, folder: Path, comm: str = "split", transport: str = "nccl") -> None:
     chunks, config = chunks_of(settings, comm, transport=transport)
     models.step(chunks, config, range(4))
+    assert uses(transport, config)
     if dist.get_rank() == 1:
         send = Links.send
 
@@ -354,6 +363,7 @@ def sends_without_waiting(
             for x, y in zip(a.parameters(), b.parameters(), strict=True):
                 assert torch.equal(x.main_grad, y.main_grad)
     assert held
+    assert uses(transport, freed_config)
 
 
 @pytest.mark.parametrize("comm", ["wide", "split"])

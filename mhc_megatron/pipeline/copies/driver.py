@@ -1,4 +1,4 @@
-"""What PyTorch has no name for: CUDA's driver, by its C interface.
+"""What PyTorch has no name for: CUDA's driver, by its C interface, as the kernels' launches (`mhc_kernels.fused.direct`).
 
 Addresses are integers, streams are `torch.cuda.Stream`. All functions work in the current CUDA context (PyTorch's), and raise
 RuntimeError with the driver's own words.

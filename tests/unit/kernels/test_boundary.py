@@ -52,7 +52,9 @@ def check_boundary(case: Case, profile: str = "paper", mode: str = "mhc") -> Non
         assert leaf.grad.dtype == leaf.dtype
         # That of y's bias is the sum of dy as it is stored: terms that cancel leave the rounding of each.
         expected_grad = ours["y"].grad.to(F64).sum(0) if name == "bias" else exact[name].grad
-        assert error(leaf.grad, expected_grad) <= bound, name
+        off = error(leaf.grad, expected_grad)
+        print(f"n = {case.arguments['x'].shape[1]}, {dtype}: d{name} off by {off:.1e}, at most {bound:.0e}")
+        assert off <= bound, name
 
 
 @pytest.mark.parametrize("n", [4, 8])
