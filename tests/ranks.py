@@ -76,6 +76,7 @@ def single_process(folder: Path) -> Iterator[None]:
 def _rank_main(
     rank: int, world: int, store: Path, function: Callable[..., None], layout: dict, kwargs: dict, hooked: bool
 ) -> None:
+    gc.freeze()  # A failed test's frames hold groups; a rank that collects those crashes: it joins threads it has not.
     faulthandler.dump_traceback_later(RANK_TIMEOUT, exit=True, file=sys.stderr)
     torch.set_num_threads(1)
     if torch.cuda.is_available():
