@@ -214,10 +214,14 @@ def _stock(folder: Path, settings: dict[str, Any], out: str) -> None:
 
 
 @pytest.mark.xfail(
-    strict=True, reason="Megatron 0.19.2: gradients of local MLA under TP + SP are not those of one process"
+    strict=True, reason="Megatron 0.19.2: TP ranks' gradients of the keys' rotary part are not added up in local MLA"
 )
 def test_stock_latent_attention_under_tp_and_sp(tmp_path: Path) -> None:
-    """Without mHC. Where it passes, LAYOUTS can have MLA under TP + SP."""
+    """Without mHC. Where it passes, LAYOUTS can have MLA under TP + SP.
+
+    The last layer's gradients are right but for the rows of linear_kv_down_proj that make the keys' rotary part, which all heads
+    share: each rank keeps what its own heads give. Whatever comes before gets a wrong gradient through it.
+    """
     with single_process(tmp_path):
         _stock(tmp_path, {}, "one")
     settings = {**TP2, "sequence_parallel": True}
