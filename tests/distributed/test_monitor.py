@@ -15,10 +15,12 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel import scatter_to_sequence_parallel_region
 from megatron.core.utils import get_batch_on_this_cp_rank
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from mhc_megatron import MHCConfig, Monitor
 from mhc_megatron.monitor.ranks import Ranks
 from mhc_megatron.monitor.records import FILE, Record, read
+from mhc_megatron.monitor.scalars import scalars
 from mhc_megatron.quickstart import data
 from tests import models
 from tests.distributed.test_layouts import LAYOUTS, _model
@@ -29,6 +31,7 @@ from tests.ranks import run_ranks, single_process
 MHC = MHCConfig(init="paper", init_alpha=2.0, sinkhorn_iterations=1)
 # Float32 streams whose sums run in another order, through alpha * phi; 6 digits written.
 TOLERANCE = 1e-4
+BOARD = "board"
 ONE_REPLICA = [
     "dense-tp2",
     "tp2-sp",
@@ -142,7 +145,7 @@ def restarted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict
     data.prepare(folder)
     checkpoint = folder / "run"
     job = ["--enable-mhc", "--mhc-init=paper", "--mhc-monitor-interval=2", *PP2_VPP2, f"--save={checkpoint}"]
-    job += [f"--load={checkpoint}", "--save-interval=4"]
+    job += [f"--load={checkpoint}", "--save-interval=4", f"--tensorboard-dir={checkpoint / BOARD}"]
     losses = [train(folder, *job, processes=2)]
     (checkpoint / "latest_checkpointed_iteration.txt").write_text("4")
     losses.append(train(folder, *job, processes=2))
@@ -160,6 +163,20 @@ def test_file_goes_on_over_a_restart(restarted: Any) -> None:
         # Losses as Megatron prints them: 7 digits, and of the run that came last.
         assert record["loss"] == pytest.approx(losses[iteration > 4][iteration], rel=2e-6)
         assert len(record["sublayers"]) == len(record["composite"]["backward"]["min"]) == 8
+
+
+def test_tensorboard_has_the_numbers_of_the_file(restarted: Any) -> None:
+    """All of them, from the rank on which Megatron has its writer; of iterations that ran twice, both times."""
+    folder, _ = restarted
+    board = EventAccumulator(str(folder / BOARD), size_guidance={"scalars": 0}).Reload()
+    events = {tag: board.Scalars(tag) for tag in board.Tags()["scalars"] if tag.startswith("mhc")}
+    records = read(folder).records
+    steps = {tag: [event.step for event in found] for tag, found in events.items()}
+    assert steps == {tag: [1, 2, 4, 6, 8, 6, 8] for tag in scalars(records[1])}
+    for iteration, record in records.items():
+        for name, value in scalars(record).items():
+            last = [event.value for event in events[name] if event.step == iteration][-1]
+            assert last == pytest.approx(value, rel=1e-6), (name, iteration)  # float32 there
 
 
 _WITHOUT_MATPLOTLIB = """
