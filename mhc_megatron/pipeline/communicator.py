@@ -12,7 +12,7 @@ from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 
 from mhc_megatron.pipeline.links import BACKWARD, FORWARD, Links
 from mhc_megatron.pipeline.passes import Plan, Rank, plan, unknown
-from mhc_megatron.pipeline.sends import NoWait
+from mhc_megatron.pipeline.sends import NoWait, passes_under_way
 from mhc_megatron.pipeline.side_channel import SideChannel
 from mhc_megatron.pipeline.split import accompany, columns
 from mhc_megatron.pipeline.state import PipelineState, pipeline_state
@@ -25,7 +25,7 @@ class StreamsCommunicator(P2PCommunicator):
     n*C]``, in Megatron's own transfers or over links of its own (`links`); or ``[s, b, C + a few]`` over links, with a companion
     of ``[s, b, n*C]`` (`split`, `side_channel`). On links:
 
-    * Sends do not stop the compute stream, batched (``batch_p2p_comm``) or not: the tensor is kept until it has gone.
+    * Sends do not stop the compute stream, batched (``batch_p2p_comm``) or not: the tensor is kept until it has gone (`sends`).
     * What leaves is an alias of the output, so that Megatron's ``deallocate_output_tensor``, which swaps the output's
       ``.data``, can't take it away meanwhile.
     * The two directions do not wait for each other.
@@ -39,6 +39,8 @@ class StreamsCommunicator(P2PCommunicator):
             return
         wraps = config.virtual_pipeline_model_parallel_size is not None
         self._links = Links.of(pp_group, wraps, state.split, state.transport)
+        group = config.microbatch_group_size_per_vp_stage if wraps else 1
+        self._under_way = passes_under_way(pp_group.size(), group)
         if state.split:
             state.channel = SideChannel(self._links, self._plan(state))
 
@@ -128,7 +130,7 @@ class StreamsCommunicator(P2PCommunicator):
         }
         wanted = [direction for direction, there in ((FORWARD, from_prev), (BACKWARD, from_next)) if there]
         # All memory first (`Links.buffer`).
-        links.release()
+        links.release(self._under_way)
         own = {way: links.buffer(narrow if split[way] else wide, dtype, requires_grad=True) for way in wanted}
         streams = channel.buffers(wide, dtype) if channel is not None and from_prev else []
         gradient = links.buffer(wide, dtype) if split[BACKWARD] else None
@@ -151,9 +153,10 @@ class StreamsCommunicator(P2PCommunicator):
             if channel is not None:
                 posts[-1].append(lambda: channel.receive_ahead(streams))
         if to_prev is not None:
-            posts.append([partial(links.send, BACKWARD, to_prev.detach())])
+            apart = channel is not None and self._is_split(to_prev, state)
+            posts.append([partial(links.send, BACKWARD, to_prev.detach(), more=apart)])
             handles["send_prev"] = NoWait()
-            if channel is not None and self._is_split(to_prev, state):
+            if channel is not None and apart:
                 posts[-1].append(channel.send_gradient)
         if from_next:
             posts.append([partial(receive, BACKWARD)])

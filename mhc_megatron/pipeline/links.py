@@ -88,13 +88,16 @@ class Links:
             made[key] = cls(group, *key)
         return made[key]
 
-    def send(self, direction: int, tensor: Tensor) -> None:
-        """Send to the next stage (FORWARD) or the previous one, as soon as what is launched now is done. Nobody waits."""
+    def send(self, direction: int, tensor: Tensor, more: bool = False) -> None:
+        """Send to the next stage (FORWARD) or the previous one, as soon as what is launched now is done. Nobody waits.
+
+        more: another tensor of the same pass follows.
+        """
         if (sender := self.copies.senders.get(direction)) is not None:
-            self.sends[direction].keep(sender.send(tensor), tensor)
+            self.sends[direction].keep(sender.send(tensor), tensor, more)
             return
         group, to = self._link(direction, self._stage)
-        self.sends[direction].keep(dist.isend(tensor, self._ranks[to], group), tensor)
+        self.sends[direction].keep(dist.isend(tensor, self._ranks[to], group), tensor, more)
 
     def buffer(self, shape: tuple[int, ...], dtype: torch.dtype, requires_grad: bool = False) -> Tensor:
         """What `receive` takes. Make all that are needed before anything is posted: where memory is short, PyTorch gives some
@@ -109,10 +112,10 @@ class Links:
         group, _ = self._link(direction, sender)
         return Arrival(tensor, dist.irecv(tensor, self._ranks[sender], group))
 
-    def release(self) -> None:
-        """Let go of what has been sent. Before anything is posted, as `buffer`."""
+    def release(self, passes: int) -> None:
+        """Let go of what has been sent, but for ``passes`` passes' (`Sends`). Before anything is posted, as `buffer`."""
         for sends in self.sends:
-            sends.release()
+            sends.release(passes)
 
     def _link(self, direction: int, sender: int) -> tuple[dist.ProcessGroup, int]:
         """The group and the receiving stage of a sending one."""

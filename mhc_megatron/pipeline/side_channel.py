@@ -56,7 +56,7 @@ class SideChannel:
         held = self._plan.early is not None and self._passes > self._plan.early
         self._leaving.append(tensor if held else None)
         if not held:
-            self.links.send(FORWARD, tensor)
+            self.links.send(FORWARD, tensor, more=True)
 
     def send_held(self) -> None:
         """The schedule sends a pass's result next: what was held for it goes first.
@@ -66,7 +66,7 @@ class SideChannel:
         """
         streams = _only(self._leaving, "streams")
         if streams is not None:
-            self.links.send(FORWARD, streams)
+            self.links.send(FORWARD, streams, more=True)
 
     def splits_receive(self) -> bool:
         """Whether what the schedule receives next from the previous stage is split."""

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from megatron.core.pipeline_parallel.schedules import get_pp_rank_microbatches, get_schedule_table
 
 from mhc_megatron.pipeline.passes import Plan, Rank, plan
+from mhc_megatron.pipeline.sends import passes_under_way
 
 
 class Place:
@@ -67,7 +68,8 @@ class Order:
     """A pipeline's shape.
 
     send_waits: whether forward sends are waited for before their output is freed, as 0.19 does with
-    ``deallocate_pipeline_outputs``, and sends that a blocking call makes (without overlap they are one batch with receives).
+    ``deallocate_pipeline_outputs``, and sends that a blocking call makes (without overlap they are one batch with receives);
+    else sends are waited for some passes later (`mhc_megatron.pipeline.sends`).
     group: microbatches that pass a chunk in a row (None: the stages). overlap, warmup_flush: ``overlap_p2p_comm`` and
     ``overlap_p2p_comm_warmup_flush`` (interleaved schedules).
 
@@ -148,10 +150,18 @@ class _Rank:
     def exchange(self, *posts: Post | None) -> Iterator[Instruction]:
         """A call that blocks: everything is posted together and waited for; sends only if they are at all."""
         posted = [post for post in posts if post is not None]
+        yield from self._earlier_sends()
         yield from posted
         for post in posted:
             if not post.send or self.order.send_waits:
                 yield Wait(*post)
+
+    def _earlier_sends(self) -> Iterator[Instruction]:
+        """Where sends are not waited for when they are posted."""
+        if not self.order.send_waits:
+            passes = passes_under_way(self.order.stages, (self.order.group or 1) if self.chunks > 1 else 1)
+            yield Wait(True, True, leave=passes)
+            yield Wait(True, False, leave=passes)
 
     def plain(self) -> Iterator[Instruction]:
         receive_forward, send_forward = _unless(self.first, Post(False, True)), _unless(self.last, Post(True, True))
@@ -244,6 +254,7 @@ class _Rank:
     def _send(self, forward: bool, send: Post | None, receive: Post | None) -> Iterator[Instruction]:
         """A call that does not block. Its send is waited for at the next such call; a forward one at once, if sends wait."""
         posted = [post for post in (send, receive) if post is not None]
+        yield from self._earlier_sends()
         yield from posted
         if self.order.send_waits:
             yield Wait(True, forward, leave=1 if send is not None and not forward else 0)

@@ -196,12 +196,28 @@ def test_what_is_sent_is_kept_until_it_has_gone() -> None:
     for number in range(3):
         work = SimpleNamespace(is_completed=lambda number=number: gone[number])
         sends.keep(work, tensor)
-    sends.release()
+    sends.release(3)
     assert len(sends) == 3  # in order
     gone[0] = True
     assert len(sends) == 3  # not on its own: letting go of memory may wait for the GPU
-    sends.release()
+    sends.release(3)
     assert len(sends) == 2
+
+
+def test_sends_that_are_not_seen_to_complete_are_waited_for() -> None:
+    """Of a host that is far ahead of its GPU."""
+    waited: list[int] = []
+    tensor: Any = SimpleNamespace(is_cuda=True)
+    sends = Sends()
+    # Of three passes, and the first of a fourth.
+    for number, more in enumerate([True, False, False, True, False, True]):
+        work = SimpleNamespace(is_completed=lambda: False, wait=lambda number=number: waited.append(number))
+        sends.keep(work, tensor, more)
+    sends.release(3)
+    assert waited == []
+    sends.release(1)
+    assert waited == [0, 1, 2]
+    assert len(sends) == 3
 
 
 def test_passes_without_a_send_are_an_error() -> None:

@@ -23,6 +23,7 @@ from mhc_megatron.pipeline import split
 from mhc_megatron.pipeline.communicator import StreamsCommunicator
 from mhc_megatron.pipeline.links import BACKWARD, FORWARD, Arrival, Links, group_of
 from mhc_megatron.pipeline.passes import Plan
+from mhc_megatron.pipeline.sends import Sends
 from mhc_megatron.pipeline.side_channel import SideChannel
 from mhc_megatron.pipeline.state import pipeline_state, share_pipeline
 from mhc_megatron.plan.order import Order, Place
@@ -38,8 +39,8 @@ class Link(NamedTuple):
 
 
 class Event(NamedTuple):
-    """What a rank does: "send", "receive", "wait" (for its receive with that number) or "compute": a part of a pass, or
-    memory for it."""
+    """What a rank does: "send", "receive", "wait" (for its receive or send with that number) or "compute": a part of a pass,
+    or memory for it."""
 
     kind: str
     link: Link | None = None
@@ -56,25 +57,33 @@ class Recorder:
     def __init__(self, events: list[Event], rank: int, stages: int):
         self.events, self.rank, self.stages = events, rank, stages
         self.at: tuple[int, int] | None = None
+        self.sends = Sends(), Sends()
 
-    def send(self, direction: int, tensor: Tensor) -> None:
+    def send(self, direction: int, tensor: Tensor, more: bool = False) -> None:
         to = (self.rank + (1 if direction == FORWARD else -1)) % self.stages
         at = getattr(tensor, "at", self.at)  # streams may leave later than their pass
+        work = SimpleNamespace(is_completed=lambda: False, wait=self._wait(len(self.events)))
+        on_gpu: Any = SimpleNamespace(is_cuda=True)
+        self.sends[direction].keep(work, on_gpu, more)
         self.events.append(Event("send", Link(direction, self.rank, to), tensor.shape[-1], at=at))
+
+    def _wait(self, number: int) -> Callable[[], None]:
+        return lambda: self.events.append(Event("wait", None, 0, number, self.at))
 
     def buffer(self, shape: Any, dtype: torch.dtype, requires_grad: bool = False) -> Tensor:
         self.events.append(Event("compute"))
         return torch.zeros(shape, dtype=dtype, requires_grad=requires_grad)
 
-    def release(self) -> None:
+    def release(self, passes: int) -> None:
         self.events.append(Event("compute"))
+        for sends in self.sends:
+            sends.release(passes)
 
     def receive(self, direction: int, tensor: Any) -> Arrival:
         number = len(self.events)
         sender = (self.rank + (1 if direction == BACKWARD else -1)) % self.stages
         self.events.append(Event("receive", Link(direction, sender, self.rank), tensor.shape[-1], number))
-        work = SimpleNamespace(wait=lambda: self.events.append(Event("wait", None, 0, number, self.at)))
-        return Arrival(tensor, work)
+        return Arrival(tensor, SimpleNamespace(wait=self._wait(number)))
 
 
 class Chunk(torch.nn.Module):
