@@ -12,7 +12,7 @@ from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 
 from mhc_megatron.pipeline.links import BACKWARD, FORWARD, Links
 from mhc_megatron.pipeline.passes import Plan, Rank, plan, unknown
-from mhc_megatron.pipeline.sends import NoWait, passes_under_way
+from mhc_megatron.pipeline.sends import NoWait
 from mhc_megatron.pipeline.side_channel import SideChannel
 from mhc_megatron.pipeline.split import accompany, columns
 from mhc_megatron.pipeline.state import PipelineState, pipeline_state
@@ -39,8 +39,6 @@ class StreamsCommunicator(P2PCommunicator):
             return
         wraps = config.virtual_pipeline_model_parallel_size is not None
         self._links = Links.of(pp_group, wraps, state.split, state.transport)
-        group = config.microbatch_group_size_per_vp_stage if wraps else 1
-        self._under_way = passes_under_way(pp_group.size(), group)
         if state.split:
             state.channel = SideChannel(self._links, self._plan(state))
 
@@ -130,7 +128,7 @@ class StreamsCommunicator(P2PCommunicator):
         }
         wanted = [direction for direction, there in ((FORWARD, from_prev), (BACKWARD, from_next)) if there]
         # All memory first (`Links.buffer`).
-        links.release(self._under_way)
+        links.release()
         own = {way: links.buffer(narrow if split[way] else wide, dtype, requires_grad=True) for way in wanted}
         streams = channel.buffers(wide, dtype) if channel is not None and from_prev else []
         gradient = links.buffer(wide, dtype) if split[BACKWARD] else None

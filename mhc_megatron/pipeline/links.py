@@ -112,10 +112,10 @@ class Links:
         group, _ = self._link(direction, sender)
         return Arrival(tensor, dist.irecv(tensor, self._ranks[sender], group))
 
-    def release(self, passes: int) -> None:
-        """Let go of what has been sent, but for ``passes`` passes' (`Sends`). Before anything is posted, as `buffer`."""
+    def release(self) -> None:
+        """Let go of what has been sent, but for the last pass's (`Sends`). Before anything is posted, as `buffer`."""
         for sends in self.sends:
-            sends.release(passes)
+            sends.release()
 
     def _link(self, direction: int, sender: int) -> tuple[dist.ProcessGroup, int]:
         """The group and the receiving stage of a sending one."""

@@ -1,8 +1,9 @@
 """Sends that stop nothing when they are posted: what they send stays alive until it has gone.
 
 A host is some passes ahead of its GPU and does not see a send complete until then; it would keep all that it has sent meanwhile,
-n*C values a token each. So the GPU is told to wait for a send when the next one but one follows it: in time it has long gone
-(tests/unit/test_plan_schedule.py), and its memory is free for what is launched from then on.
+n*C values a token each. So the GPU is told to wait for a send when the next one but one follows it, and the tensor is let go: in
+time it has gone long before (tests/unit/test_plan_schedule.py). What copy engines have sent is then free for whatever is launched
+next. What NCCL has sent PyTorch's allocator keeps until it sees NCCL's stream there (`record_stream`), or is short of memory.
 """
 
 from __future__ import annotations
@@ -26,17 +27,8 @@ class _Send(NamedTuple):
     more: bool
 
 
-def passes_under_way(stages: int, group: int) -> int:
-    """How many passes' sends may be under way in one direction when others are about to be sent.
-
-    One; and with groups of microbatches larger than the pipeline is long, those that the other end takes only when the group has
-    passed there.
-
-    Args:
-        stages: of the pipeline.
-        group: microbatches that pass a chunk in a row; without an interleaved schedule 1.
-    """
-    return 1 + max(0, group - stages)
+PASSES_UNDER_WAY = 1
+"""Of how many passes sends may be under way in one direction when the next pass's are about to be posted."""
 
 
 class Sends:
@@ -60,9 +52,9 @@ class Sends:
         for _ in range(earlier):  # gloo tells that a send is complete only if asked to wait for it
             self._under_way.popleft().work.wait()
 
-    def release(self, passes: int) -> None:
-        """Let go of what has gone, and have the current stream wait for what is older than the last ``passes`` passes."""
+    def release(self) -> None:
+        """Let go of what has gone, and of what is older than the last passes, for which the current stream waits."""
         while self._under_way and self._under_way[0].work.is_completed():
             self._under_way.popleft()
-        while sum(not send.more for send in self._under_way) > passes:
+        while sum(not send.more for send in self._under_way) > PASSES_UNDER_WAY:
             self._under_way.popleft().work.wait()

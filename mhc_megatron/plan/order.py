@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 
 from megatron.core.pipeline_parallel.schedules import get_pp_rank_microbatches, get_schedule_table
 
+from mhc_megatron.pipeline import sends
 from mhc_megatron.pipeline.passes import Plan, Rank, plan
-from mhc_megatron.pipeline.sends import passes_under_way
 
 
 class Place:
@@ -159,9 +159,8 @@ class _Rank:
     def _earlier_sends(self) -> Iterator[Instruction]:
         """Where sends are not waited for when they are posted."""
         if not self.order.send_waits:
-            passes = passes_under_way(self.order.stages, (self.order.group or 1) if self.chunks > 1 else 1)
-            yield Wait(True, True, leave=passes)
-            yield Wait(True, False, leave=passes)
+            yield Wait(True, True, leave=sends.PASSES_UNDER_WAY)
+            yield Wait(True, False, leave=sends.PASSES_UNDER_WAY)
 
     def plain(self) -> Iterator[Instruction]:
         receive_forward, send_forward = _unless(self.first, Post(False, True)), _unless(self.last, Post(True, True))
@@ -202,6 +201,7 @@ class _Rank:
             yield Wait(False, True)
         receive = _unless(number == self.total - 1 or not self.receives(number, True), Post(False, True))
         if flush and not self.first and receive is not None:
+            yield from self._earlier_sends()
             yield receive
         yield self.compute(number, True)
         send = _unless(self.ends(number, True), Post(True, True))
@@ -212,6 +212,7 @@ class _Rank:
         else:
             yield from self._send(True, send, receive if self.first else None)
         if order.overlap and steady_follows and receive_backward is not None:
+            yield from self._earlier_sends()
             yield receive_backward
 
     def _steady(self, number: int) -> Iterator[Instruction]:
@@ -243,6 +244,7 @@ class _Rank:
             yield Wait(False, False)
         receive = _unless(number == self.total - 1 or not self.receives(number, False), Post(False, False))
         if flush and not self.last and receive is not None:
+            yield from self._earlier_sends()
             yield receive
         yield self.compute(number, False)
         send = _unless(self.ends(number, False), Post(True, False))

@@ -108,6 +108,11 @@ class _Ends:
         self.waiting: list[int] = []
 
 
+def _over(ends: _Ends) -> Iterator[_Ends]:
+    while ends.done is None:
+        yield ends
+
+
 class _Computing:
     """What a rank computes: ``left`` seconds of it at ``since``, if nothing moves beside."""
 
@@ -161,9 +166,11 @@ class _Simulation:
         self.links: dict[tuple[int, int], float] = defaultdict(float)
         self.moving = [0] * schedule.stages
         self.computing: list[_Computing | None] = [None] * schedule.stages
-        # What one end has posted and the other has not yet, by channel; and what a rank has not waited for yet.
+        # What one end has posted and the other has not yet, by channel; and what a rank has not waited for yet, sends with
+        # whether another tensor of the same pass follows.
         self.half: dict[tuple[int, int, bool, bool, bool], deque[_Ends]] = defaultdict(deque)
-        self.handles: dict[tuple[int, bool, bool, bool], deque[_Ends]] = defaultdict(deque)
+        self.receiving: dict[tuple[int, bool, bool], deque[_Ends]] = defaultdict(deque)
+        self.sent: dict[tuple[int, bool], deque[tuple[_Ends, bool]]] = defaultdict(deque)
         self.spans: list[Span] = []
         self.transfers: list[Transfer] = []
         self.streams = [_Streams(schedule.order.split_plan(rank)) for rank in range(schedule.stages)]
@@ -230,8 +237,9 @@ class _Simulation:
                 yield from self._compute(rank, instruction)
                 self.spans.append(Span(rank, instruction, start, self.now))
             elif isinstance(instruction, Post):
-                for side, size in self._posted(rank, *instruction):
-                    self._post(rank, *instruction, side, size)
+                posted = self._posted(rank, *instruction)
+                for number, (side, size) in enumerate(posted, 1):
+                    self._post(rank, *instruction, side, size, more=number < len(posted))
             else:
                 yield from self._wait(rank, instruction)
 
@@ -265,33 +273,39 @@ class _Simulation:
             yield seconds
         elif compute.forward:
             if not first and streams.use(True):
-                yield from self._finish(rank, send=False, forward=True, side=True)
+                yield from self._receive(rank, forward=True, side=True)
             if not last and streams.leave_early():
                 yield seconds * (1 - schedule.forward_share)
-                self._post(rank, True, True, True, schedule.side)
+                self._post(rank, True, True, True, schedule.side, more=True)
                 yield seconds * schedule.forward_share
             else:
                 yield seconds
         elif not last and streams.use(False):
             yield seconds * schedule.backward_share
-            yield from self._finish(rank, send=False, forward=False, side=True)
+            yield from self._receive(rank, forward=False, side=True)
             yield seconds * (1 - schedule.backward_share)
         else:
             yield seconds
 
     def _wait(self, rank: int, wait: Wait) -> Iterator[_Ends]:
-        handles = self.handles[rank, wait.send, wait.forward, False]
-        count = min(1, len(handles)) if wait.leave is None else max(0, len(handles) - wait.leave)
-        for _ in range(count):
-            yield from self._finish(rank, wait.send, wait.forward, side=False)
+        if not wait.send:
+            if self.receiving[rank, wait.forward, False]:
+                yield from self._receive(rank, wait.forward, side=False)
+            return
+        sent = self.sent[rank, wait.forward]
+        passes = sum(not more for _, more in sent)
+        leave = max(0, passes - 1) if wait.leave is None else wait.leave
+        while passes > leave:
+            ends, more = sent.popleft()
+            passes -= not more
+            yield from _over(ends)
 
-    def _finish(self, rank: int, send: bool, forward: bool, side: bool) -> Iterator[_Ends]:
-        ends = self.handles[rank, send, forward, side].popleft()
-        while ends.done is None:
-            yield ends
+    def _receive(self, rank: int, forward: bool, side: bool) -> Iterator[_Ends]:
+        yield from _over(self.receiving[rank, forward, side].popleft())
 
-    def _post(self, rank: int, send: bool, forward: bool, side: bool, size: float) -> None:
-        """One end of a transfer; when it is the second one, the transfer begins as soon as its link is free."""
+    def _post(self, rank: int, send: bool, forward: bool, side: bool, size: float, more: bool) -> None:
+        """One end of a transfer; when it is the second one, the transfer begins as soon as its link is free. more: another one
+        of the same pass follows."""
         stages = self.schedule.stages
         peer = (rank + 1 if send == forward else rank - 1) % stages
         source, target = (rank, peer) if send else (peer, rank)
@@ -301,7 +315,10 @@ class _Simulation:
         else:
             ends = _Ends(source, target, forward, side, size)
             self.half[source, target, forward, side, send].append(ends)
-        self.handles[rank, send, forward, side].append(ends)
+        if send:
+            self.sent[rank, forward].append((ends, more))
+        else:
+            self.receiving[rank, forward, side].append(ends)
         ends.posted += 1
         if ends.posted == 2:
             self._start(ends)

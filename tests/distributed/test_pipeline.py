@@ -132,7 +132,7 @@ def many_steps(settings: dict[str, Any], folder: Path, transport: str = "nccl") 
     assert channel is not None
     assert uses(transport, split_config)
     for sends in channel.links.sends:
-        sends.release(1)
+        sends.release()
         assert len(sends) <= 1
     assert not channel._gradients
     assert not channel._leaving

@@ -190,18 +190,18 @@ def test_a_gradient_without_a_send_is_an_error() -> None:
 
 
 def test_what_is_sent_is_kept_until_it_has_gone() -> None:
-    gone = [False, False, True]
+    gone = [False, False, True, False]
     tensor: Any = SimpleNamespace(is_cuda=True)
     sends = Sends()
-    for number in range(3):
+    for number in range(4):
         work = SimpleNamespace(is_completed=lambda number=number: gone[number])
-        sends.keep(work, tensor)
-    sends.release(3)
-    assert len(sends) == 3  # in order
+        sends.keep(work, tensor, more=number < 3)  # all of one pass
+    sends.release()
+    assert len(sends) == 4  # in order
     gone[0] = True
-    assert len(sends) == 3  # not on its own: letting go of memory may wait for the GPU
-    sends.release(3)
-    assert len(sends) == 2
+    assert len(sends) == 4  # not on its own: letting go of memory may wait for the GPU
+    sends.release()
+    assert len(sends) == 3
 
 
 def test_sends_that_are_not_seen_to_complete_are_waited_for() -> None:
@@ -213,10 +213,10 @@ def test_sends_that_are_not_seen_to_complete_are_waited_for() -> None:
     for number, more in enumerate([True, False, False, True, False, True]):
         work = SimpleNamespace(is_completed=lambda: False, wait=lambda number=number: waited.append(number))
         sends.keep(work, tensor, more)
-    sends.release(3)
-    assert waited == []
-    sends.release(1)
+    sends.release()
     assert waited == [0, 1, 2]
+    assert len(sends) == 3
+    sends.release()
     assert len(sends) == 3
 
 

@@ -74,10 +74,10 @@ class Recorder:
         self.events.append(Event("compute"))
         return torch.zeros(shape, dtype=dtype, requires_grad=requires_grad)
 
-    def release(self, passes: int) -> None:
+    def release(self) -> None:
         self.events.append(Event("compute"))
         for sends in self.sends:
-            sends.release(passes)
+            sends.release()
 
     def receive(self, direction: int, tensor: Any) -> Arrival:
         number = len(self.events)
