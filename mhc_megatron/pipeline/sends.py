@@ -1,9 +1,10 @@
 """Sends that stop nothing when they are posted: what they send stays alive until it has gone.
 
 A host is some passes ahead of its GPU and does not see a send complete until then; it would keep all that it has sent meanwhile,
-n*C values a token each. So the GPU is told to wait for a send when the next one but one follows it, and the tensor is let go: in
-time it has gone long before (tests/unit/test_plan_schedule.py). What copy engines have sent is then free for whatever is launched
-next. What NCCL has sent PyTorch's allocator keeps until it sees NCCL's stream there (`record_stream`), or is short of memory.
+n*C values a token each. So the GPU is told to wait for a send when the next one but one follows it, and the tensor is let go:
+next to nothing is waited for in simulated steps (tests/unit/test_plan_schedule.py). What copy engines have sent is then free
+for whatever is launched next. What NCCL has sent PyTorch's allocator keeps until it sees NCCL's stream there (`record_stream`),
+or is short of memory.
 """
 
 from __future__ import annotations

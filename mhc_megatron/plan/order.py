@@ -69,7 +69,7 @@ class Order:
 
     send_waits: whether forward sends are waited for before their output is freed, as 0.19 does with
     ``deallocate_pipeline_outputs``, and sends that a blocking call makes (without overlap they are one batch with receives);
-    else sends are waited for some passes later (`mhc_megatron.pipeline.sends`).
+    else sends are waited for two passes later (`mhc_megatron.pipeline.sends`).
     group: microbatches that pass a chunk in a row (None: the stages). overlap, warmup_flush: ``overlap_p2p_comm`` and
     ``overlap_p2p_comm_warmup_flush`` (interleaved schedules).
 

@@ -212,8 +212,8 @@ _SHAPES = [
 @pytest.mark.parametrize("gigabytes", [4, 8, 36, 150], ids="{} GB/s".format)
 @pytest.mark.parametrize("kind", ["wide", "split"])
 def test_waiting_for_a_send_much_later(kind: str, gigabytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It costs wide transfers nothing, and split ones less than 1 %. 16384 tokens of
-    the paper's 27B, from links that are full to such that are hardly noticed."""
+    """It costs wide transfers nothing, and split ones less than 1 %. 16384 tokens of the paper's 27B, from links that are
+    full to such that are hardly noticed."""
     crossing: Any = exchange(kind, 2560 * 2 * 16384, 4, 16384)
     times: dict[str, Any] = {"forward": 0.03, "backward": 0.05, "forward_share": 0.3, "backward_share": 0.3}
 
